@@ -1,0 +1,124 @@
+"""The error tree. What a caller does next is read off the class, never off the text.
+
+    SwarmingError
+    ├── LocalError                we misused it: mend the call or the configuration; never retried, never a peer's fault
+    │   ├── ConfigError           a setting, flag or argument that cannot work
+    │   ├── UnsupportedModelError a model that cannot be split into spans
+    │   ├── CheckpointError       weights missing, damaged, or in a format that is refused
+    │   └── RequestRefused        a server says that our request was wrong (it stays healthy: never banned)
+    ├── RemoteError               the peer did wrong: try another one
+    │   ├── ProtocolViolation     it sent what the protocol forbids
+    │   ├── BadRequest            (seen by a server) a client asked for something it may not
+    │   ├── BadAnswer             (seen by a client) the answer has the wrong shape, dtype, position or values
+    │   ├── ServerFailed          it reports a failure of its own
+    │   └── ServerBusy            it has no room now: go elsewhere, come back later, no ban
+    ├── NetworkError              nobody did wrong: try again
+    │   ├── PeerUnreachable       no address of the peer answered
+    │   ├── ConnectionLost        the connection or stream ended in the middle
+    │   └── DeadlineExceeded      no answer in the time the caller gave
+    └── SwarmError                the swarm as a whole cannot do it now
+        ├── NoPeersError          none of the known peers answers
+        ├── ModelNotFound         nobody announces the model
+        └── MissingBlocksError    no server announces some blocks of the model
+"""
+
+from collections.abc import Sequence
+
+from p2pswarm.core.ids import PeerId
+
+
+class SwarmingError(Exception):
+    """Root of everything this library raises on purpose."""
+
+
+class LocalError(SwarmingError):
+    """We misused it."""
+
+
+class ConfigError(LocalError, ValueError):
+    """A setting, flag or argument that cannot work."""
+
+
+class UnsupportedModelError(LocalError):
+    """A model that cannot be split into spans, with the reason."""
+
+
+class CheckpointError(LocalError):
+    """Weights missing, damaged, or in a format that is refused."""
+
+
+class RequestRefused(LocalError):
+    """A server says that our request was wrong."""
+
+    def __init__(self, message: str, peer_id: PeerId | None = None) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class RemoteError(SwarmingError):
+    """The peer did wrong."""
+
+    def __init__(self, message: str, peer_id: PeerId | None = None) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class ProtocolViolation(RemoteError):
+    """The peer sent what the protocol forbids."""
+
+
+class BadRequest(RemoteError):
+    """A client asked a server for something it may not."""
+
+
+class BadAnswer(RemoteError):
+    """A server's answer has the wrong shape, dtype, position or values."""
+
+
+class ServerFailed(RemoteError):
+    """A server reports a failure of its own."""
+
+
+class ServerBusy(RemoteError):
+    """A server has no room now."""
+
+
+class NetworkError(SwarmingError):
+    """Nobody did wrong."""
+
+    def __init__(self, message: str, peer_id: PeerId | None = None) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class PeerUnreachable(NetworkError):
+    """No address of the peer answered."""
+
+
+class ConnectionLost(NetworkError):
+    """The connection or stream ended in the middle."""
+
+
+class DeadlineExceeded(NetworkError, TimeoutError):
+    """No answer in the time the caller gave."""
+
+
+class SwarmError(SwarmingError):
+    """The swarm as a whole cannot do it now."""
+
+
+class NoPeersError(SwarmError):
+    """None of the known peers answers."""
+
+
+class ModelNotFound(SwarmError):
+    """Nobody announces the model."""
+
+
+class MissingBlocksError(SwarmError):
+    """No server announces some blocks of the model."""
+
+    def __init__(self, message: str, missing: Sequence[tuple[int, int]] = ()) -> None:
+        super().__init__(message)
+        self.missing = tuple(missing)
+        """Half-open block ranges that nobody serves."""

@@ -1,0 +1,49 @@
+"""What a server tells the swarm about itself, and the facts about a model that everyone must agree on."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from p2pswarm.core.ids import ModelId, PeerId
+from p2pswarm.core.span import Span
+
+
+class ServerState(Enum):
+    """Where a server stands in its life; clients route to `ONLINE` only."""
+
+    JOINING = "joining"
+    ONLINE = "online"
+    DRAINING = "draining"
+    OFFLINE = "offline"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """One server's announcement for one model."""
+
+    peer_id: PeerId
+    model_id: ModelId
+    span: Span
+    state: ServerState
+    addresses: tuple[str, ...]
+    """Multiaddrs with the peer id at their end."""
+    num_model_blocks: int
+    throughput_tokens_per_s: float
+    """What the server as a whole sustains, the smaller of compute and network."""
+    inference_tokens_per_s: float
+    """Decode steps of batch 1 through one block."""
+    forward_tokens_per_s: float
+    """Tokens of a long prompt through one block."""
+    network_tokens_per_s: float
+    dtype: str
+    quantization: str = "none"
+    cache_tokens_left: int = 0
+    """Tokens of KV cache, over all the span's blocks, not yet promised to a session."""
+    max_length: int = 0
+    """Longest session accepted, in tokens."""
+    adapters: tuple[str, ...] = ()
+    using_relay: bool = False
+    next_rtts_s: Mapping[PeerId, float] = field(default_factory=dict)
+    """Measured round trips to servers likely to be next in a chain."""
+    public_name: str = ""
+    version: str = ""

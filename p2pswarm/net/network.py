@@ -15,8 +15,8 @@ Buffer = bytes | bytearray | memoryview
 class Stream(Protocol):
     """An ordered, flow-controlled, two-way flow of bytes to one authenticated peer.
 
-    Safe under cancellation: a cancelled read has consumed nothing; a cancelled write may have sent a prefix of its data, so
-    that the caller can only reset the stream, but no other stream of the connection is harmed.
+    Safe under cancellation: a cancelled read has consumed nothing; a cancelled write may have sent a prefix of its data,
+    so that the caller can only reset the stream, but no other stream of the connection is harmed.
     One reader and one writer at a time.
     """
 
@@ -45,7 +45,7 @@ class Stream(Protocol):
         ...
 
     def reset(self) -> None:
-        """Ends both sides at once, without waiting; wakes blocked readers and writers. Safe to call at any time, twice too."""
+        """Ends both sides at once, without waiting; wakes blocked readers and writers. Safe at any time, twice too."""
         ...
 
 
@@ -68,8 +68,11 @@ class Network(Protocol):
         ...
 
     def serve(self, protocol: ProtocolId, handler: StreamHandler) -> None:
-        """Runs `handler` in a task of its own for each stream opened to us; the stream is reset when the handler raises,
-        closed when it returns. An exception that is not a `SwarmingError` is logged with its traceback."""
+        """Runs `handler` in a task of its own for each stream opened to us.
+
+        The stream is reset when the handler raises, closed when it returns. An exception that is not a `SwarmingError` is
+        logged with its traceback.
+        """
         ...
 
     def add_addresses(self, peer_id: PeerId, addresses: Sequence[str]) -> None:
@@ -81,7 +84,7 @@ class Network(Protocol):
         ...
 
     async def open_stream(self, peer_id: PeerId, protocol: ProtocolId) -> Stream:
-        """A new stream, over the open connection or a new one to a remembered address. Costs round trips: reuse streams.
+        """A new stream, over the open connection or a new one to a remembered address. Costs a round trip: reuse.
 
         Raises `PeerUnreachable`, `ConnectionLost`, or `ProtocolViolation` when the peer does not speak `protocol`.
         """

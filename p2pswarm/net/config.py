@@ -1,0 +1,50 @@
+"""How a node behaves on the network: deadlines, keep-alive, and what it lets a peer make it hold.
+
+One frozen object, shared by the real network (`net/host.py`) and the simulated one (`testing/memory_network.py`).
+"""
+
+from dataclasses import dataclass
+
+from p2pswarm.core.errors import ConfigError
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class NetworkConfig:
+    """Settings of one node; the defaults suit a server and a client alike."""
+
+    dial_timeout_s: float = 8.0
+    """For one peer, all of its addresses together: TCP, the noise handshake, the choice of muxer."""
+    dial_stagger_s: float = 0.25
+    """Head start of each address over the next one of the same peer (RFC 8305 asks for 250 ms)."""
+    open_stream_timeout_s: float = 8.0
+    """Until the peer has accepted the protocol of a new stream."""
+    ping_interval_s: float = 15.0
+    """After this much silence the peer is asked for a sign of life."""
+    ping_timeout_s: float = 10.0
+    """A peer that leaves the question unanswered for this long is dropped: 25 s after it hangs, at the latest."""
+    max_streams_per_connection: int = 2048
+    """Open at once, opened by the peer; more are refused one by one."""
+    max_unaccepted_streams: int = 1024
+    """Opened by the peer, not yet taken up by us; more are refused one by one."""
+    max_stream_window_bytes: int = 16 * MIB
+    """How far a stream's receive window may grow: what a long, fat link can have in flight."""
+    max_receive_bytes_per_connection: int = 64 * MIB
+    """Sum of the growth of all windows of a connection: what a peer can make us hold, besides 256 KiB a stream."""
+    max_connections: int = 1024
+    max_connections_per_peer: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("dial_timeout_s", "open_stream_timeout_s", "ping_interval_s", "ping_timeout_s"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} is a time above 0, got {getattr(self, name)}")
+        for name in (
+            "max_streams_per_connection",
+            "max_unaccepted_streams",
+            "max_connections",
+            "max_connections_per_peer",
+        ):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}")

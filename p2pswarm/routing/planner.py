@@ -1,5 +1,4 @@
-"""What a client asks of a planner, and what every planner shares: who may be used, who is banned, and the error when blocks
-are missing.
+"""What a client asks of a planner, and what every planner shares: who may be used, and the error for missing blocks.
 
 A planner knows nothing of networks or clocks: announcements, round trips and the current time are handed in.
 `routing/shortest_path.py` is the plain one.
@@ -72,7 +71,7 @@ def objection(
 ) -> str | None:
     """Why the server cannot be in the route; None when it can."""
     if server.state is not ServerState.ONLINE:
-        return server.state.value
+        return str(server.state.value)
     if banned_until_s.get(server.peer_id, now_s) > now_s:
         return f"banned for {banned_until_s[server.peer_id] - now_s:.0f} s more after a failure"
     if 0 < server.max_length < request.max_length:
@@ -83,7 +82,7 @@ def objection(
 def missing_blocks(
     request: RouteRequest, usable: Iterable[ServerInfo], objections: Mapping[PeerId, tuple[ServerInfo, str]]
 ) -> MissingBlocksError | None:
-    """The error that names every block range without a usable server, and who was turned down; None when all are covered."""
+    """The error that names each block range without a usable server, and who was turned down; None if there is none."""
     gaps = uncovered([server.span for server in usable], request.span)
     if not gaps:
         return None

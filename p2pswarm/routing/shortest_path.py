@@ -53,7 +53,7 @@ class ShortestPathPlanner:
 
 
 def shortest_route(graph: SpanGraph, span: Span) -> Route:
-    """The cheapest way from the client at `span.start` back to the client at `span.end`; every block must be covered."""
+    """The cheapest way from the client at `span.start` to the client at `span.end`; every block must be covered."""
     start: Vertex = AtClient(span.start)
     queue: list[tuple[int, int, Entries, int, int, Vertex]] = [(0, 0, (), span.start, 0, start)]
     settled: set[Vertex] = set()

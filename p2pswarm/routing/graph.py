@@ -13,8 +13,8 @@ Edges, with their costs from `routing/costs.py`:
 
 Only boundaries matter (where some span begins or ends, or the route does): leaving a server anywhere else is never
 faster. A server may be left before its span ends where another one's begins. Servers that hand on directly would be
-edges `AtServer(p, b) -> AtServer(q, b)`. The costs of finishing do not depend on where a route starts, which is what lets a
-planner with a fixed goal answer for every start.
+edges `AtServer(p, b) -> AtServer(q, b)`. The costs of finishing do not depend on where a route starts, which is what
+lets a planner with a fixed goal answer for every start.
 """
 
 import itertools

@@ -5,9 +5,14 @@
     │   ├── ConfigError           a setting, flag or argument that cannot work
     │   ├── UnsupportedModelError a model that cannot be split into spans
     │   ├── CheckpointError       weights missing, damaged, or in a format that is refused
+    │   ├── CodecError            values that the chosen codec cannot carry (choose a wider one)
+    │   ├── SessionClosed         a session or swarm that has ended or is broken: open a new one
     │   └── RequestRefused        a server says that our request was wrong (it stays healthy: never banned)
     ├── RemoteError               the peer did wrong: try another one
     │   ├── ProtocolViolation     it sent what the protocol forbids
+    │   │   └── MalformedMessage  a whole frame, but not a message as agreed: the stream can go on
+    │   │       ├── UnknownMessage      a type of message that this version does not know
+    │   │       └── UnsupportedVersion  it speaks only protocol versions older than we still do
     │   ├── BadRequest            (seen by a server) a client asked for something it may not
     │   ├── BadAnswer             (seen by a client) the answer has the wrong shape, dtype, position or values
     │   ├── ServerFailed          it reports a failure of its own
@@ -47,6 +52,14 @@ class CheckpointError(LocalError):
     """Weights missing, damaged, or in a format that is refused."""
 
 
+class CodecError(LocalError, ValueError):
+    """Values that the chosen codec cannot carry."""
+
+
+class SessionClosed(LocalError):
+    """A session or swarm that has ended or is broken is used further."""
+
+
 class RequestRefused(LocalError):
     """A server says that our request was wrong."""
 
@@ -65,6 +78,18 @@ class RemoteError(SwarmingError):
 
 class ProtocolViolation(RemoteError):
     """The peer sent what the protocol forbids."""
+
+
+class MalformedMessage(ProtocolViolation):
+    """A whole frame whose message is not as agreed; the stream it came on has not lost its place."""
+
+
+class UnknownMessage(MalformedMessage):
+    """A type of message that this version does not know."""
+
+
+class UnsupportedVersion(MalformedMessage):
+    """The peer speaks only protocol versions older than we still do."""
 
 
 class BadRequest(RemoteError):

@@ -1,7 +1,7 @@
 """Multiaddr strings: what a node can listen on and dial, `/ip4/1.2.3.4/tcp/4001/p2p/12D3KooW...`.
 
-The subset that a node of the swarm speaks (IP or DNS name, TCP, a peer id at the end), checked here so that no multiaddr
-object goes beyond this room. Addresses come from strangers: nothing here trusts them.
+The subset that a node of the swarm speaks (IP or DNS name, TCP, a peer id at the end), checked here so that no
+multiaddr object goes beyond this room. Addresses come from strangers: nothing here trusts them.
 """
 
 import ipaddress

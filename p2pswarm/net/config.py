@@ -48,3 +48,6 @@ class NetworkConfig:
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}")
+
+
+DEFAULT_CONFIG = NetworkConfig()

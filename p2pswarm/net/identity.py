@@ -1,7 +1,7 @@
 """Who a node is: an ed25519 key pair, its file, its peer id and its signatures.
 
-A peer id is the base58 of an identity multihash over libp2p's protobuf of the public key, so the key can be read back out
-of it and a signature checked with nothing but the id. Light: neither libp2p nor the network is imported here.
+A peer id is the base58 of an identity multihash over libp2p's protobuf of the public key, so the key can be read back
+out of it and a signature checked with nothing but the id. Light: neither libp2p nor the network is imported here.
 """
 
 import contextlib

@@ -15,8 +15,8 @@ Buffer = bytes | bytearray | memoryview
 class Stream(Protocol):
     """An ordered, flow-controlled, two-way flow of bytes to one authenticated peer.
 
-    Safe under cancellation: a cancelled read has consumed nothing; a cancelled write may have sent a prefix of its data,
-    so that the caller can only reset the stream, but no other stream of the connection is harmed.
+    Safe under cancellation: a cancelled read has consumed nothing; a cancelled write may have sent a prefix of its
+    data, so that the caller can only reset the stream, but no other stream of the connection is harmed.
     One reader and one writer at a time.
     """
 
@@ -70,8 +70,8 @@ class Network(Protocol):
     def serve(self, protocol: ProtocolId, handler: StreamHandler) -> None:
         """Runs `handler` in a task of its own for each stream opened to us.
 
-        The stream is reset when the handler raises, closed when it returns. An exception that is not a `SwarmingError` is
-        logged with its traceback.
+        The stream is reset when the handler raises, closed when it returns. An exception that is not a `SwarmingError`
+        is logged with its traceback.
         """
         ...
 

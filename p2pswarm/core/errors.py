@@ -1,30 +1,30 @@
 """The error tree. What a caller does next is read off the class, never off the text.
 
-    SwarmingError
-    ├── LocalError                we misused it: mend the call or the configuration; never retried, never a peer's fault
-    │   ├── ConfigError           a setting, flag or argument that cannot work
-    │   ├── UnsupportedModelError a model that cannot be split into spans
-    │   ├── CheckpointError       weights missing, damaged, or in a format that is refused
-    │   ├── CodecError            values that the chosen codec cannot carry (choose a wider one)
-    │   ├── SessionClosed         a session or swarm that has ended or is broken: open a new one
-    │   └── RequestRefused        a server says that our request was wrong (it stays healthy: never banned)
-    ├── RemoteError               the peer did wrong: try another one
-    │   ├── ProtocolViolation     it sent what the protocol forbids
-    │   │   └── MalformedMessage  a whole frame, but not a message as agreed: the stream can go on
-    │   │       ├── UnknownMessage      a type of message that this version does not know
-    │   │       └── UnsupportedVersion  it speaks only protocol versions older than we still do
-    │   ├── BadRequest            (seen by a server) a client asked for something it may not
-    │   ├── BadAnswer             (seen by a client) the answer has the wrong shape, dtype, position or values
-    │   ├── ServerFailed          it reports a failure of its own
-    │   └── ServerBusy            it has no room now: go elsewhere, come back later, no ban
-    ├── NetworkError              nobody did wrong: try again
-    │   ├── PeerUnreachable       no address of the peer answered
-    │   ├── ConnectionLost        the connection or stream ended in the middle
-    │   └── DeadlineExceeded      no answer in the time the caller gave
-    └── SwarmError                the swarm as a whole cannot do it now
-        ├── NoPeersError          none of the known peers answers
-        ├── ModelNotFound         nobody announces the model
-        └── MissingBlocksError    no server announces some blocks of the model
+SwarmingError
+├── LocalError                we misused it: mend the call or the configuration; never retried, never a peer's fault
+│   ├── ConfigError           a setting, flag or argument that cannot work
+│   ├── UnsupportedModelError a model that cannot be split into spans
+│   ├── CheckpointError       weights missing, damaged, or in a format that is refused
+│   ├── CodecError            values that the chosen codec cannot carry (choose a wider one)
+│   ├── SessionClosed         a session or swarm that has ended or is broken: open a new one
+│   └── RequestRefused        a server says that our request was wrong (it stays healthy: never banned)
+├── RemoteError               the peer did wrong: try another one
+│   ├── ProtocolViolation     it sent what the protocol forbids
+│   │   └── MalformedMessage  a whole frame, but not a message as agreed: the stream can go on
+│   │       ├── UnknownMessage      a type of message that this version does not know
+│   │       └── UnsupportedVersion  it speaks only protocol versions older than we still do
+│   ├── BadRequest            (seen by a server) a client asked for something it may not
+│   ├── BadAnswer             (seen by a client) the answer has the wrong shape, dtype, position or values
+│   ├── ServerFailed          it reports a failure of its own
+│   └── ServerBusy            it has no room now: go elsewhere, come back later, no ban
+├── NetworkError              nobody did wrong: try again
+│   ├── PeerUnreachable       no address of the peer answered
+│   ├── ConnectionLost        the connection or stream ended in the middle
+│   └── DeadlineExceeded      no answer in the time the caller gave
+└── SwarmError                the swarm as a whole cannot do it now
+    ├── NoPeersError          none of the known peers answers
+    ├── ModelNotFound         nobody announces the model
+    └── MissingBlocksError    no server announces some blocks of the model
 """
 
 from collections.abc import Sequence

@@ -1,17 +1,41 @@
 """Every message two nodes exchange over an RPC stream: one frozen dataclass each, checked where it is made.
 
 Knows nothing of bytes (`wire/frames.py`, `wire/serialization.py`) nor of torch (`wire/codecs.py`): a tensor here is a
-`WireTensor`, a dtype, a shape and a buffer. A stream carries either unary calls, one answer per request in order, or, after an
-`OpenSession`, the steps of one session.
+`WireTensor`, a dtype, a shape and a buffer. A stream carries either unary calls, one answer per request in order, or,
+after an `OpenSession`, the steps of one session. What cannot be right whoever sent it raises `ConfigError` here
+(reading a peer's bytes turns it into `MalformedMessage`); what depends on the model or the session is for the server
+to refuse.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import ModelId, PeerId, SessionId
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.core.span import Span
+from p2pswarm.wire.fields import MAX_TEXT_CHARACTERS, is_identifier
+from p2pswarm.wire.frames import Buffer, num_bytes
+
+PROTOCOL_VERSION = 1
+"""Goes up when messages or fields are added; what breaks older nodes gets a new protocol id instead."""
+MIN_PROTOCOL_VERSION = 1
+"""The oldest version this node still talks to."""
+
+ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
+"""The dtypes that travel, and the bytes of one element."""
+FLOAT_DTYPES = frozenset({"float32", "float16", "bfloat16"})
+
+INT8_BLOCK = 64
+"""Elements that share one scale: 6 % of extra bytes; the error follows the largest of 64 neighbours, not of the whole
+row."""
+SCALE_BYTES = 4
+
+MAX_BATCH_SIZE = 1 << 16
+MAX_LENGTH = 1 << 24
+"""Tokens: far above any model's context; keeps position arithmetic small."""
 
 
 class Codec(Enum):
@@ -30,8 +54,38 @@ class WireTensor:
     dtype: str
     """Of the decoded tensor: `float32 float16 bfloat16 int64 bool`."""
     shape: tuple[int, ...]
-    data: bytes | bytearray | memoryview
+    data: Buffer
     codec: Codec = Codec.NONE
+
+    def __post_init__(self) -> None:
+        wanted_bytes = encoded_num_bytes(self.dtype, self.shape, self.codec)
+        if num_bytes(self.data) != wanted_bytes:
+            raise ConfigError(
+                f"a {self.dtype} tensor of shape {list(self.shape)} takes {wanted_bytes} bytes with codec "
+                f"{self.codec.value}, got {num_bytes(self.data)}"
+            )
+
+
+def encoded_num_bytes(dtype: str, shape: tuple[int, ...], codec: Codec) -> int:
+    """How many bytes such a tensor takes on the wire."""
+    if dtype not in ITEM_BYTES:
+        raise ConfigError(f"tensors are {', '.join(ITEM_BYTES)}, not {dtype[:32]}")
+    if any(size < 0 for size in shape):
+        raise ConfigError(f"a shape has no negative sizes, got {list(shape)}")
+    num_elements = math.prod(shape)
+    if codec is Codec.NONE:
+        return num_elements * ITEM_BYTES[dtype]
+    if dtype not in FLOAT_DTYPES:
+        raise ConfigError(f"codec {codec.value} is for float tensors, not {dtype}")
+    if codec is Codec.BLOCKWISE_INT8:
+        return num_elements + SCALE_BYTES * num_int8_blocks(shape)
+    return num_elements * 2
+
+
+def num_int8_blocks(shape: tuple[int, ...]) -> int:
+    """Blocks never cross a row (the last dimension), so that what a row becomes does not depend on its neighbours."""
+    row_length = shape[-1] if shape else 1
+    return math.prod(shape[:-1]) * -(-row_length // INT8_BLOCK)
 
 
 class ErrorCode(Enum):
@@ -40,6 +94,8 @@ class ErrorCode(Enum):
     BAD_REQUEST = "bad_request"
     """The request was wrong; sending it again, here or elsewhere, cannot help."""
     UNKNOWN_MESSAGE = "unknown_message"
+    UNSUPPORTED_VERSION = "unsupported_version"
+    """The sender's protocol version is older than what this node talks to."""
     BUSY = "busy"
     """No room now: try another server, or later."""
     SESSION_LOST = "session_lost"
@@ -53,6 +109,15 @@ class ErrorReply:
     code: ErrorCode
     message: str
 
+    def __post_init__(self) -> None:
+        if len(self.message) > MAX_TEXT_CHARACTERS:
+            raise ConfigError(f"an error message has at most {MAX_TEXT_CHARACTERS} characters, got {len(self.message)}")
+
+    @classmethod
+    def shortened(cls, code: ErrorCode, message: str) -> "ErrorReply":
+        """With as much of the message as fits."""
+        return cls(code, message[:MAX_TEXT_CHARACTERS])
+
 
 @dataclass(frozen=True, slots=True)
 class InfoRequest:
@@ -62,7 +127,7 @@ class InfoRequest:
 @dataclass(frozen=True, slots=True)
 class InfoReply:
     info: ServerInfo
-    protocol_version: int
+    protocol_version: int = PROTOCOL_VERSION
     peers: Mapping[PeerId, tuple[str, ...]] = field(default_factory=dict)
     """Other nodes the server knows, so that a client can survive the loss of its bootstrap peer."""
 
@@ -81,10 +146,21 @@ class OpenSession:
     """For the hidden states of the answers."""
     adapter: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_identifier(self.session_id, "session_id")
+        _check_identifier(self.model_id, "model_id")
+        _check_range(self.max_length, 1, MAX_LENGTH, "max_length")
+        _check_range(self.batch_size, 1, MAX_BATCH_SIZE, "batch_size")
+        if self.adapter is not None:
+            _check_identifier(self.adapter, "adapter")
+
 
 @dataclass(frozen=True, slots=True)
 class SessionOpened:
     session_id: SessionId
+
+    def __post_init__(self) -> None:
+        _check_identifier(self.session_id, "session_id")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +168,7 @@ class Step:
     """Runs new tokens through the session's span, in its KV cache."""
 
     step_id: int
-    """Rises by one from 0 within a stream; echoed in the answer."""
+    """Rises with each step of a stream; echoed in the answer."""
     position: int
     """Tokens in the cache before this step. Below what the server holds: it rolls back to here first."""
     hidden_states: WireTensor
@@ -104,6 +180,20 @@ class Step:
     beam_indices: WireTensor | None = None
     """int64 [batch]: row i of the cache becomes the old row `beam_indices[i]`, before the step."""
 
+    def __post_init__(self) -> None:
+        _check_range(self.step_id, 0, (1 << 63) - 1, "step_id")
+        _check_range(self.position, 0, MAX_LENGTH, "position")
+        _check_hidden_states(self.hidden_states)
+        batch_size, num_tokens, _ = self.hidden_states.shape
+        _check_tensor(self.attention_mask, "attention_mask", "bool", (batch_size, num_tokens))
+        _check_tensor(self.position_ids, "position_ids", "int64", (batch_size, num_tokens))
+        _check_tensor(self.beam_indices, "beam_indices", "int64", (batch_size,))
+
+    @property
+    def num_tokens(self) -> int:
+        """New tokens per sequence."""
+        return self.hidden_states.shape[1]
+
 
 @dataclass(frozen=True, slots=True)
 class StepReply:
@@ -111,6 +201,11 @@ class StepReply:
     position: int
     """Tokens in the cache after the step."""
     hidden_states: WireTensor
+
+    def __post_init__(self) -> None:
+        _check_range(self.step_id, 0, (1 << 63) - 1, "step_id")
+        _check_range(self.position, 0, MAX_LENGTH, "position")
+        _check_hidden_states(self.hidden_states)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,24 +215,53 @@ class Forward:
     model_id: ModelId
     span: Span
     hidden_states: WireTensor
+    """[batch, tokens, hidden]"""
     attention_mask: WireTensor | None = None
+    """bool [batch, tokens]"""
     position_ids: WireTensor | None = None
+    """int64 [batch, tokens]"""
     codec: Codec = Codec.NONE
+
+    def __post_init__(self) -> None:
+        _check_identifier(self.model_id, "model_id")
+        _check_hidden_states(self.hidden_states)
+        batch_size, num_tokens, _ = self.hidden_states.shape
+        _check_tensor(self.attention_mask, "attention_mask", "bool", (batch_size, num_tokens))
+        _check_tensor(self.position_ids, "position_ids", "int64", (batch_size, num_tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardReply:
     hidden_states: WireTensor
 
+    def __post_init__(self) -> None:
+        _check_hidden_states(self.hidden_states)
 
-Message = (
-    ErrorReply
-    | InfoRequest
-    | InfoReply
-    | OpenSession
-    | SessionOpened
-    | Step
-    | StepReply
-    | Forward
-    | ForwardReply
-)
+
+Message = ErrorReply | InfoRequest | InfoReply | OpenSession | SessionOpened | Step | StepReply | Forward | ForwardReply
+
+
+def _check_range(value: int, minimum: int, maximum: int, name: str) -> None:
+    if not minimum <= value <= maximum:
+        raise ConfigError(f"{name} is a whole number from {minimum} to {maximum}, got {value}")
+
+
+def _check_identifier(value: str, name: str) -> None:
+    if not is_identifier(value):
+        raise ConfigError(f"{name} is short printable ASCII text without spaces, got {value[:64]!r}")
+
+
+def _check_hidden_states(tensor: WireTensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) != 3 or 0 in (tensor.shape[0], tensor.shape[2]):
+        raise ConfigError(
+            f"hidden_states are floats of shape [batch, tokens, hidden], "
+            f"got {tensor.dtype} of shape {list(tensor.shape)}"
+        )
+
+
+def _check_tensor(tensor: WireTensor | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
+    if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
+        raise ConfigError(
+            f"{name} is {dtype} of shape {list(shape)}, as hidden_states have it, got {tensor.dtype} of shape "
+            f"{list(tensor.shape)}"
+        )

@@ -1,0 +1,134 @@
+"""Hypothesis strategies for what travels: every message, `ServerInfo`, tensors. Needs hypothesis, which users lack."""
+
+from hypothesis import strategies as st
+
+from p2pswarm.core.ids import ModelId, PeerId, SessionId
+from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.span import Span
+from p2pswarm.wire.messages import (
+    FLOAT_DTYPES,
+    MAX_LENGTH,
+    Codec,
+    ErrorCode,
+    ErrorReply,
+    Forward,
+    ForwardReply,
+    InfoReply,
+    InfoRequest,
+    Message,
+    OpenSession,
+    SessionOpened,
+    Step,
+    StepReply,
+    WireTensor,
+    encoded_num_bytes,
+)
+
+_IDENTIFIERS = st.text("abcXYZ019-_.@/", min_size=1, max_size=20)
+_NUMBERS = st.floats(0, 1e12)
+_TEXTS = st.text("abc é漢🙂", max_size=20)
+_STEP_IDS = st.integers(0, (1 << 63) - 1)
+_POSITIONS = st.integers(0, MAX_LENGTH)
+
+
+def spans(max_block: int = 100) -> st.SearchStrategy[Span]:
+    """Block ranges within `max_block` blocks."""
+    starts = st.integers(0, max_block - 1)
+    return starts.flatmap(lambda start: st.builds(Span, st.just(start), st.integers(start + 1, max_block)))
+
+
+def server_infos() -> st.SearchStrategy[ServerInfo]:
+    """Announcements that every reader takes."""
+    return st.builds(
+        ServerInfo,
+        peer_id=_IDENTIFIERS.map(PeerId),
+        model_id=_IDENTIFIERS.map(ModelId),
+        span=spans(100),
+        state=st.sampled_from(ServerState),
+        addresses=st.lists(_IDENTIFIERS, max_size=4).map(tuple),
+        num_model_blocks=st.integers(100, 200),
+        throughput_tokens_per_s=_NUMBERS,
+        inference_tokens_per_s=_NUMBERS,
+        forward_tokens_per_s=_NUMBERS,
+        network_tokens_per_s=_NUMBERS,
+        dtype=st.sampled_from(sorted(FLOAT_DTYPES)),
+        quantization=_IDENTIFIERS,
+        cache_tokens_left=st.integers(0, 1 << 40),
+        max_length=st.integers(0, 1 << 20),
+        adapters=st.lists(_IDENTIFIERS, max_size=3).map(tuple),
+        using_relay=st.booleans(),
+        next_rtts_s=st.dictionaries(_IDENTIFIERS.map(PeerId), _NUMBERS, max_size=3),
+        public_name=_TEXTS,
+        version=_IDENTIFIERS,
+    )
+
+
+@st.composite
+def wire_tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: str | None = None) -> WireTensor:
+    """Tensors of that shape holding any bytes; float ones by any codec where no dtype is asked for."""
+    codec = draw(st.sampled_from(Codec)) if dtype is None else Codec.NONE
+    dtype = dtype or draw(st.sampled_from(sorted(FLOAT_DTYPES)))
+    size_bytes = encoded_num_bytes(dtype, shape, codec)
+    return WireTensor(dtype, shape, draw(st.binary(min_size=size_bytes, max_size=size_bytes)), codec)
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> Step:
+    """Steps with and without masks, positions and beams."""
+    shape = _draw_shape(draw)
+    return Step(
+        draw(_STEP_IDS),
+        draw(_POSITIONS),
+        hidden_states=draw(wire_tensors(shape)),
+        attention_mask=draw(st.none() | wire_tensors(shape[:2], "bool")),
+        position_ids=draw(st.none() | wire_tensors(shape[:2], "int64")),
+        beam_indices=draw(st.none() | wire_tensors(shape[:1], "int64")),
+    )
+
+
+@st.composite
+def forwards(draw: st.DrawFn) -> Forward:
+    """Forward requests with and without masks and positions."""
+    shape = _draw_shape(draw)
+    return Forward(
+        ModelId(draw(_IDENTIFIERS)),
+        draw(spans()),
+        hidden_states=draw(wire_tensors(shape)),
+        attention_mask=draw(st.none() | wire_tensors(shape[:2], "bool")),
+        position_ids=draw(st.none() | wire_tensors(shape[:2], "int64")),
+        codec=draw(st.sampled_from(Codec)),
+    )
+
+
+def messages() -> st.SearchStrategy[Message]:
+    """Every type of message."""
+    answers = st.builds(tuple, st.tuples(st.integers(1, 2), st.integers(0, 3), st.integers(1, 4))).flatmap(wire_tensors)
+    return st.one_of(
+        st.builds(ErrorReply, st.sampled_from(ErrorCode), _TEXTS),
+        st.just(InfoRequest()),
+        st.builds(
+            InfoReply,
+            server_infos(),
+            st.integers(0, 1000),
+            st.dictionaries(_IDENTIFIERS.map(PeerId), st.lists(_IDENTIFIERS, max_size=3).map(tuple), max_size=3),
+        ),
+        st.builds(
+            OpenSession,
+            _IDENTIFIERS.map(SessionId),
+            _IDENTIFIERS.map(ModelId),
+            spans(),
+            st.integers(1, MAX_LENGTH),
+            st.integers(1, 1000),
+            st.sampled_from(Codec),
+            st.none() | _IDENTIFIERS,
+        ),
+        st.builds(SessionOpened, _IDENTIFIERS.map(SessionId)),
+        steps(),
+        st.builds(StepReply, _STEP_IDS, _POSITIONS, answers),
+        forwards(),
+        st.builds(ForwardReply, answers),
+    )
+
+
+def _draw_shape(draw: st.DrawFn) -> tuple[int, int, int]:
+    return draw(st.integers(1, 2)), draw(st.integers(0, 3)), draw(st.integers(1, 4))

@@ -1,0 +1,113 @@
+"""`FramedStream`: whole messages over a stream of bytes.
+
+Knows no protocol: who sends what when is for `rpc/`. Works over anything shaped as `net.network.Stream`.
+"""
+
+from typing import Protocol
+
+from p2pswarm.core.errors import ProtocolViolation
+from p2pswarm.core.ids import PeerId
+from p2pswarm.wire.frames import DEFAULT_LIMITS, Buffer, FrameDecoder, WireLimits
+from p2pswarm.wire.messages import PROTOCOL_VERSION, Message
+from p2pswarm.wire.serialization import decode_message, encode_message, sender_version
+
+READ_BYTES = 1 << 20
+
+
+class ByteStream(Protocol):
+    """The part of `net.network.Stream` that messages need."""
+
+    @property
+    def peer_id(self) -> PeerId: ...
+
+    async def read(self, max_bytes: int = READ_BYTES) -> bytes: ...
+
+    async def write(self, *buffers: Buffer) -> None: ...
+
+    async def close_write(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class ReceiveBudget(Protocol):
+    """Who bounds what unfinished and unanswered messages of one peer take."""
+
+    def change(self, num_bytes: int) -> None:
+        """Takes so many bytes more, or gives them back. Raises a `SwarmingError` where that is too much."""
+        ...
+
+
+class FramedStream:
+    """Sends and receives messages on `stream`, one sender and one receiver at a time.
+
+    A cancelled `receive` has lost nothing and may be repeated; after a cancelled `send` the stream can only be reset.
+    """
+
+    def __init__(
+        self, stream: ByteStream, limits: WireLimits = DEFAULT_LIMITS, budget: ReceiveBudget | None = None
+    ) -> None:
+        self._stream = stream
+        self._limits = limits
+        self._decoder = FrameDecoder(limits, stream.peer_id)
+        self._budget = budget
+        self._charged_bytes = 0
+        self._version = PROTOCOL_VERSION
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self._stream.peer_id
+
+    @property
+    def version(self) -> int:
+        """The newest protocol version that both sides speak, as far as the peer has said."""
+        return self._version
+
+    async def send(self, message: Message) -> None:
+        """Returns when the message is queued. Raises `ConnectionLost`."""
+        await self._stream.write(*encode_message(message))
+
+    async def receive(self) -> Message | None:
+        """The next message, None when the peer has closed its side between two messages.
+
+        The message before it counts as dealt with. Raises `ConnectionLost`; `MalformedMessage`, after which the
+        stream can go on; any other `ProtocolViolation`, after which it cannot.
+        """
+        while (frame := self._decoder.next_frame()) is None:
+            self._charge(self._decoder.held_bytes)
+            data = await self._stream.read(READ_BYTES)
+            if not data:
+                self._check_end()
+                return None
+            self._decoder.feed(data)
+        self._charge(frame.body.nbytes)
+        self._version = min(PROTOCOL_VERSION, sender_version(frame, self.peer_id))
+        return decode_message(frame, self._limits, self.peer_id)
+
+    async def close_write(self) -> None:
+        await self._stream.close_write()
+
+    async def discard_rest(self) -> None:
+        """Reads and throws away what still comes, until the peer closes its side. Raises `ConnectionLost`."""
+        while await self._stream.read(READ_BYTES):
+            pass
+
+    def reset(self) -> None:
+        """Ends the stream at once and gives back its budget. Safe to call at any time, twice too."""
+        self._stream.reset()
+        self.release()
+
+    def release(self) -> None:
+        """Gives back its budget: no more will be received."""
+        self._charge(0)
+
+    def _charge(self, num_bytes: int) -> None:
+        if self._budget is not None and num_bytes != self._charged_bytes:
+            self._budget.change(num_bytes - self._charged_bytes)
+            self._charged_bytes = num_bytes
+
+    def _check_end(self) -> None:
+        if self._decoder.in_frame:
+            raise ProtocolViolation(
+                f"{self.peer_id} ended its side in the middle of a frame, after {self._decoder.held_bytes} bytes of it",
+                self.peer_id,
+            )

@@ -1,0 +1,283 @@
+"""Messages <-> frames: one writer and one reader for each type, in one table.
+
+A header is a map: `type`, `version` (the newest protocol version its sender speaks), the message's own fields, and
+`tensors`, a list of `[field, dtype, shape, codec, bytes]` in the order in which their bytes follow in the body.
+Fields, tensors and error codes that a reader does not know it passes over; a `type` it does not know raises
+`UnknownMessage`, which is answered, not punished. The types `backward`, `backward_reply`, `push` and `push_reply` are
+kept for training and for server-to-server hops.
+
+Read `docs/protocol.md` for the same from the outside.
+"""
+
+import math
+import reprlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from p2pswarm.core.errors import ConfigError, MalformedMessage, UnknownMessage, UnsupportedVersion
+from p2pswarm.core.ids import ModelId, PeerId, SessionId
+from p2pswarm.wire.fields import Fields
+from p2pswarm.wire.frames import DEFAULT_LIMITS, Buffer, Frame, WireLimits, encode_frame, num_bytes
+from p2pswarm.wire.messages import (
+    ITEM_BYTES,
+    MIN_PROTOCOL_VERSION,
+    PROTOCOL_VERSION,
+    Codec,
+    ErrorCode,
+    ErrorReply,
+    Forward,
+    ForwardReply,
+    InfoReply,
+    InfoRequest,
+    Message,
+    OpenSession,
+    SessionOpened,
+    Step,
+    StepReply,
+    WireTensor,
+)
+from p2pswarm.wire.server_info import MAX_ADDRESS_CHARACTERS, MAX_ADDRESSES, read_server_info, server_info_values
+
+MAX_PEERS_TOLD = 64
+MAX_SIZE = (1 << 31) - 1
+"""Of one dimension of a tensor."""
+
+_CODECS = {codec.value: codec for codec in Codec}
+_ERROR_CODES = {code.value: code for code in ErrorCode}
+
+
+def encode_message(message: Message) -> list[Buffer]:
+    """What to write on the stream; tensor bytes are passed on, not copied."""
+    kind = _KINDS_BY_CLASS[type(message)]
+    header: dict[str, Any] = {"type": kind.name, "version": PROTOCOL_VERSION, **kind.values(message)}
+    buffers: list[Buffer] = []
+    tensors = []
+    for name in kind.tensor_names:
+        tensor = getattr(message, name)
+        if tensor is not None:
+            tensors.append((name, tensor.dtype, tensor.shape, tensor.codec.value, num_bytes(tensor.data)))
+            buffers.append(tensor.data)
+    if tensors:
+        header["tensors"] = tensors
+    return encode_frame(header, buffers)
+
+
+def decode_message(frame: Frame, limits: WireLimits = DEFAULT_LIMITS, peer_id: PeerId | None = None) -> Message:
+    """The message in the frame; its tensors lie on the frame's body. Raises `MalformedMessage` or one of its
+    children."""
+    name = frame.header.get("type")
+    kind = _KINDS_BY_NAME.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise UnknownMessage(f"{peer_id or 'the peer'} sent a message of unknown type {reprlib.repr(name)}", peer_id)
+    fields = Fields(frame.header, kind.name, peer_id)
+    _check_version(sender_version(frame, peer_id), peer_id)
+    try:
+        return kind.read(fields, _read_tensors(fields, frame.body, kind, limits))
+    except ConfigError as error:
+        raise MalformedMessage(f"{kind.name} from {peer_id or 'the peer'}: {error}", peer_id) from error
+
+
+def sender_version(frame: Frame, peer_id: PeerId | None = None) -> int:
+    """The newest protocol version that the sender of the frame speaks."""
+    return Fields(frame.header, "header", peer_id).integer("version", default=1)
+
+
+def _check_version(version: int, peer_id: PeerId | None) -> None:
+    if version < MIN_PROTOCOL_VERSION:
+        raise UnsupportedVersion(
+            f"{peer_id or 'the peer'} speaks protocol versions up to {version}, "
+            f"this node from {MIN_PROTOCOL_VERSION} to {PROTOCOL_VERSION}",
+            peer_id,
+        )
+
+
+class _Tensors:
+    """The tensors of one frame, by field."""
+
+    def __init__(self, tensors: Mapping[str, WireTensor], fields: Fields) -> None:
+        self._tensors = tensors
+        self._fields = fields
+
+    def required(self, name: str) -> WireTensor:
+        if name not in self._tensors:
+            self._fields.refuse(f"a tensor {name}, got {', '.join(self._tensors) or 'none'}")
+        return self._tensors[name]
+
+    def optional(self, name: str) -> WireTensor | None:
+        return self._tensors.get(name)
+
+
+def _read_tensors(fields: Fields, body: memoryview, kind: "_Kind", limits: WireLimits) -> _Tensors:
+    tensors = {}
+    offset = 0
+    for entry in fields.items("tensors", limits.max_tensors):
+        name, dtype, shape, codec, size_bytes = _checked_entry(fields, entry, limits)
+        if name in kind.tensor_names:
+            data = body[offset : offset + size_bytes]
+            tensors[name] = WireTensor(dtype, shape, data, _codec_named(fields, codec))
+        offset += size_bytes
+    if offset != len(body):
+        fields.refuse(f"a body of the {offset} bytes that its tensors take, got {len(body)}")
+    return _Tensors(tensors, fields)
+
+
+def _checked_entry(fields: Fields, entry: object, limits: WireLimits) -> tuple[str, str, tuple[int, ...], str, int]:
+    """One entry of `tensors`, within the limits: checked before anything is allocated for it."""
+    match entry:
+        case [str(name), str(dtype), list(sizes), str(codec), int(size_bytes)] if (
+            len(sizes) <= limits.max_dimensions
+            and all(type(size) is int and 0 <= size <= MAX_SIZE for size in sizes)
+            and math.prod(sizes) * ITEM_BYTES.get(dtype, 1) <= limits.max_tensor_bytes
+            and 0 <= size_bytes <= limits.max_tensor_bytes
+        ):
+            return name, dtype, tuple(sizes), codec, size_bytes
+    fields.refuse(
+        f"tensors to be lists [name, dtype, sizes, codec, bytes] of at most {limits.max_dimensions} dimensions and "
+        f"{limits.max_tensor_bytes} bytes, got {reprlib.repr(entry)}"
+    )
+
+
+def _codec_named(fields: Fields, name: str) -> Codec:
+    if name not in _CODECS:
+        fields.refuse(f"codec to be one of {', '.join(_CODECS)}, got {name[:32]!r}")
+    return _CODECS[name]
+
+
+def _error_values(message: ErrorReply) -> dict[str, Any]:
+    return {"code": message.code.value, "message": message.message}
+
+
+def _read_error(fields: Fields, _: _Tensors) -> ErrorReply:
+    return ErrorReply(_ERROR_CODES.get(fields.text("code"), ErrorCode.INTERNAL), fields.text("message", default=""))
+
+
+def _no_values(_: Message) -> dict[str, Any]:
+    return {}
+
+
+def _read_info_request(_: Fields, __: _Tensors) -> InfoRequest:
+    return InfoRequest()
+
+
+def _info_values(message: InfoReply) -> dict[str, Any]:
+    return {
+        "info": server_info_values(message.info),
+        "protocol_version": message.protocol_version,
+        "peers": {peer_id: list(addresses) for peer_id, addresses in message.peers.items()},
+    }
+
+
+def _read_info(fields: Fields, _: _Tensors) -> InfoReply:
+    peers = Fields(dict(fields.mapping("peers", MAX_PEERS_TOLD)), "peers", fields.peer_id)
+    return InfoReply(
+        info=read_server_info(fields.nested("info")),
+        protocol_version=fields.integer("protocol_version"),
+        peers={
+            PeerId(peer_id): peers.texts(peer_id, MAX_ADDRESSES, MAX_ADDRESS_CHARACTERS)
+            for peer_id in fields.mapping("peers", MAX_PEERS_TOLD)
+        },
+    )
+
+
+def _open_session_values(message: OpenSession) -> dict[str, Any]:
+    return {
+        "session_id": message.session_id,
+        "model_id": message.model_id,
+        "span": [message.span.start, message.span.end],
+        "max_length": message.max_length,
+        "batch_size": message.batch_size,
+        "codec": message.codec.value,
+        "adapter": message.adapter,
+    }
+
+
+def _read_open_session(fields: Fields, _: _Tensors) -> OpenSession:
+    return OpenSession(
+        session_id=SessionId(fields.text("session_id")),
+        model_id=ModelId(fields.text("model_id")),
+        span=fields.span("span"),
+        max_length=fields.integer("max_length"),
+        batch_size=fields.integer("batch_size"),
+        codec=_codec_named(fields, fields.text("codec", default=Codec.NONE.value)),
+        adapter=fields.text("adapter") if fields.has("adapter") else None,
+    )
+
+
+def _session_opened_values(message: SessionOpened) -> dict[str, Any]:
+    return {"session_id": message.session_id}
+
+
+def _read_session_opened(fields: Fields, _: _Tensors) -> SessionOpened:
+    return SessionOpened(SessionId(fields.text("session_id")))
+
+
+def _step_values(message: Step | StepReply) -> dict[str, Any]:
+    return {"step_id": message.step_id, "position": message.position}
+
+
+def _read_step(fields: Fields, tensors: _Tensors) -> Step:
+    return Step(
+        step_id=fields.integer("step_id"),
+        position=fields.integer("position"),
+        hidden_states=tensors.required("hidden_states"),
+        attention_mask=tensors.optional("attention_mask"),
+        position_ids=tensors.optional("position_ids"),
+        beam_indices=tensors.optional("beam_indices"),
+    )
+
+
+def _read_step_reply(fields: Fields, tensors: _Tensors) -> StepReply:
+    return StepReply(fields.integer("step_id"), fields.integer("position"), tensors.required("hidden_states"))
+
+
+def _forward_values(message: Forward) -> dict[str, Any]:
+    return {
+        "model_id": message.model_id,
+        "span": [message.span.start, message.span.end],
+        "codec": message.codec.value,
+    }
+
+
+def _read_forward(fields: Fields, tensors: _Tensors) -> Forward:
+    return Forward(
+        model_id=ModelId(fields.text("model_id")),
+        span=fields.span("span"),
+        hidden_states=tensors.required("hidden_states"),
+        attention_mask=tensors.optional("attention_mask"),
+        position_ids=tensors.optional("position_ids"),
+        codec=_codec_named(fields, fields.text("codec", default=Codec.NONE.value)),
+    )
+
+
+def _read_forward_reply(_: Fields, tensors: _Tensors) -> ForwardReply:
+    return ForwardReply(tensors.required("hidden_states"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """How one type of message is written and read."""
+
+    name: str
+    message_class: type[Message]
+    values: Callable[[Any], dict[str, Any]]
+    read: Callable[[Fields, _Tensors], Message]
+    tensor_names: tuple[str, ...] = ()
+
+
+_STEP_TENSORS = ("position_ids", "beam_indices", "hidden_states", "attention_mask")
+"""Widest elements first, so that each tensor lies aligned for its dtype without padding."""
+
+_KINDS = (
+    _Kind("error", ErrorReply, _error_values, _read_error),
+    _Kind("info_request", InfoRequest, _no_values, _read_info_request),
+    _Kind("info_reply", InfoReply, _info_values, _read_info),
+    _Kind("open_session", OpenSession, _open_session_values, _read_open_session),
+    _Kind("session_opened", SessionOpened, _session_opened_values, _read_session_opened),
+    _Kind("step", Step, _step_values, _read_step, _STEP_TENSORS),
+    _Kind("step_reply", StepReply, _step_values, _read_step_reply, ("hidden_states",)),
+    _Kind("forward", Forward, _forward_values, _read_forward, ("position_ids", "hidden_states", "attention_mask")),
+    _Kind("forward_reply", ForwardReply, _no_values, _read_forward_reply, ("hidden_states",)),
+)
+_KINDS_BY_NAME = {kind.name: kind for kind in _KINDS}
+_KINDS_BY_CLASS: dict[type[Message], _Kind] = {kind.message_class: kind for kind in _KINDS}

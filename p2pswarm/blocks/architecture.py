@@ -1,0 +1,136 @@
+"""How a model is laid out, found by looking at it: where its blocks are, and whether it can be cut between them.
+
+A transformers model is built on the meta device, without weights. Its blocks are the one list of as many modules as
+its config has layers. What cannot be cut is refused here, with the reason; `REFUSALS` holds the model types for which
+only experience tells (`docs/architectures.md` is made by trying them all).
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from p2pswarm.blocks.refusals import REFUSALS
+from p2pswarm.core.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
+"""Layers whose memory is keys and values of every token, which can be cut off at any length."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """A model without weights, and where its parts are."""
+
+    model: "PreTrainedModel"
+    """The causal language model, on the meta device."""
+    blocks_path: str
+    """Where the block list is within `model`, dotted."""
+    num_blocks: int
+    hidden_size: int
+
+    @property
+    def base_model(self) -> nn.Module:
+        """The part of the model that goes from embeddings to hidden states."""
+        return getattr(self.model, self.model.base_model_prefix, self.model)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks = self.model.get_submodule(self.blocks_path)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+
+def lay_out(config: "PretrainedConfig", dtype: torch.dtype) -> Layout:
+    """Builds the model of a config without weights. Raises `UnsupportedModelError` where it cannot be cut."""
+    check_config(config)
+    text_config = config.get_text_config(decoder=True)
+    model_class = _model_class(config)
+    model = _build(model_class, config, dtype)
+    num_blocks = int(text_config.num_hidden_layers)
+    return Layout(model, _find_blocks(model, num_blocks), num_blocks, int(text_config.hidden_size))
+
+
+def check_config(config: "PretrainedConfig") -> None:
+    """Raises `UnsupportedModelError` for what the config alone shows to be impossible."""
+    text_config = config.get_text_config(decoder=True)
+    for model_type in (config.model_type, text_config.model_type):
+        if reason := REFUSALS.get(model_type):
+            raise UnsupportedModelError(f"a {model_type} model cannot be cut into spans: {reason}")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"a {config.model_type} model is an encoder and a decoder; only decoders can be cut into spans"
+        )
+    if quantization := getattr(config, "quantization_config", None):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method
+        raise UnsupportedModelError(
+            f"the weights are quantised already ({getattr(method, 'value', method)}), which is not supported; "
+            "use the original model"
+        )
+    if not isinstance(getattr(text_config, "num_hidden_layers", None), int):
+        raise UnsupportedModelError(f"a {config.model_type} model has no plain stack of layers (no num_hidden_layers)")
+    kinds = set(layer_kinds(text_config))
+    if others := sorted(kinds - ATTENTION_KINDS):
+        raise UnsupportedModelError(
+            f"a {config.model_type} model has layers of the kinds {', '.join(others)}, "
+            "whose memory is not keys and values of each token, and cannot be rolled back"
+        )
+
+
+def layer_kinds(text_config: "PretrainedConfig") -> list[str]:
+    """What each layer remembers, in transformers' words (`full_attention`, `sliding_attention`, ...)."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    return list(get_layer_types_and_kwargs(text_config)[0])
+
+
+def layer_windows(config: "PretrainedConfig") -> list[int | None]:
+    """For each layer, how many tokens, itself included, a token may see; None for all."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    _, options = get_layer_types_and_kwargs(config.get_text_config(decoder=True))
+    return [option.get("sliding_window") for option in options]
+
+
+def _model_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        found: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError as error:
+        raise UnsupportedModelError(
+            f"transformers has no causal language model of the type {config.model_type}"
+        ) from error
+    model_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
+    return model_class
+
+
+def _build(model_class: type["PreTrainedModel"], config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
+    with ExitStack() as stack:
+        for context in model_class.get_init_context(dtype, False, False, None):
+            stack.enter_context(context)
+        model = model_class(config)
+    model.train(False)
+    return model
+
+
+def _find_blocks(model: nn.Module, num_blocks: int) -> str:
+    """The path of the outermost list of `num_blocks` modules of one kind."""
+    found: list[tuple[int, str]] = [
+        (name.count("."), name)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == num_blocks
+    ]
+    if not found:
+        raise UnsupportedModelError(f"a {type(model).__name__} has no list of its {num_blocks} blocks")
+    depth = min(found)[0]
+    outermost = [name for at, name in found if at == depth]
+    if len(outermost) > 1:
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} has more than one list of {num_blocks} blocks: {', '.join(outermost)}"
+        )
+    return outermost[0]

@@ -1,0 +1,87 @@
+"""How a DHT node behaves: the sizes of Kademlia, deadlines, and what it lets strangers make it hold or do."""
+
+from dataclasses import dataclass, field
+
+from p2pswarm.core.errors import ConfigError
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLimits:
+    """What a node keeps for others. Full: see the eviction rules of `dht/store.py`."""
+
+    max_records: int = 16384
+    max_bytes: int = 32 * MIB
+    max_records_per_key: int = 2048
+    """Servers of one model."""
+    max_records_per_owner: int = 32
+    """An honest server has two: its model, and the list of models."""
+    max_bytes_per_owner: int = 64 * KIB
+    max_lifetime_s: float = 3600.0
+    """Announcements live 90 s; what lives longer than this is refused."""
+    clock_allowance_s: float = 60.0
+    """Two honest machines' clocks may differ by this much: how far beyond `max_lifetime_s` an expiry may lie."""
+
+
+@dataclass(frozen=True, slots=True)
+class DhtConfig:
+    """Settings of one node; the defaults suit a server and a client alike."""
+
+    serve: bool = True
+    """False: a client, which asks but is never in the tables of others, nor stores for them."""
+    k: int = 20
+    """Nodes that hold each record; also the size of a bucket and of an answer."""
+    alpha: int = 3
+    """Requests of one lookup under way at once while it still comes closer to its target."""
+    read_width: int = 8
+    """Closest living nodes that a reader asks. Each holds all records of its keys, unless it came within the last
+    seconds: eight leave room for the newly arrived and for liars."""
+    max_requests_per_lookup: int = 120
+    """Six times k: a liar who invents contacts cannot keep a lookup going."""
+    request_timeout_s: float = 2.0
+    """The most that a hung peer can cost; then it is left out for a while."""
+    slow_after_s: float = 0.5
+    """A lookup goes on without an answer after this long; the answer still counts when it comes."""
+    max_outgoing_requests: int = 64
+    max_links: int = 256
+    """Streams kept open for later requests, one per peer; the least recently used is closed first."""
+    link_idle_s: float = 120.0
+    max_incoming_streams: int = 1024
+    """The longest idle one is closed for a newcomer."""
+    max_incoming_streams_per_peer: int = 4
+    incoming_idle_s: float = 300.0
+    """Longer than `link_idle_s`, so that the side that opened a stream closes it."""
+    requests_per_s_per_peer: float = 100.0
+    """A peer that asks faster waits; honest ones ask a few times a second, a burst of 200 when handing records over."""
+    request_burst_per_peer: int = 200
+    bad_peer_s: float = 15.0
+    """How long a peer that did not answer is left alone; it doubles with each failure in a row, to `max_bad_peer_s`.
+    Short at first: a dial over half the globe may take longer than `request_timeout_s`, and goes on meanwhile."""
+    max_bad_peer_s: float = 1800.0
+    bootstrap_timeout_s: float = 10.0
+    """For all given and known peers together, who are asked at once."""
+    join_refreshes: int = 3
+    """Buckets filled when a serving node joins; the others follow one per `refresh_period_s`."""
+    handover_delay_s: float = 0.5
+    """Newcomers within this time are served together."""
+    housekeeping_period_s: float = 15.0
+    """Expired records are dropped, idle streams closed, known peers saved."""
+    refresh_period_s: float = 60.0
+    """One bucket after the other is refreshed by a lookup of a random id in it; also the oldest contact is asked."""
+    recover_first_s: float = 1.0
+    """An empty table is filled again from the known peers after this long, doubling to `recover_most_s`."""
+    recover_most_s: float = 30.0
+    store: StoreLimits = field(default_factory=StoreLimits)
+
+    def __post_init__(self) -> None:
+        for name in ("k", "alpha", "read_width", "max_requests_per_lookup", "max_outgoing_requests", "max_links"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}")
+        if self.read_width > self.k:
+            raise ConfigError(f"read_width is at most k ({self.k}), got {self.read_width}")
+        if not 0 < self.slow_after_s <= self.request_timeout_s:
+            raise ConfigError(
+                f"wanted 0 < slow_after_s <= request_timeout_s, got {self.slow_after_s} and {self.request_timeout_s}"
+            )

@@ -1,0 +1,147 @@
+"""The nodes around us: whom we know, who answers, who does not; and the asking itself.
+
+Every answer and every silence passes through here, so that the table, the verdicts and the known peers stay true.
+Where to go from there is for `dht/walk.py`, `dht/node.py` and `dht/upkeep.py`.
+"""
+
+import logging
+from collections.abc import Iterable
+from typing import TypeVar
+
+import trio
+
+from p2pswarm.core.errors import NetworkError, ProtocolViolation, RemoteError
+from p2pswarm.core.ids import PeerId
+from p2pswarm.dht.background import Background
+from p2pswarm.dht.bad_peers import BadPeers
+from p2pswarm.dht.config import DhtConfig
+from p2pswarm.dht.contact import Contact, node_id_of, usable_addresses
+from p2pswarm.dht.known_peers import KnownPeers
+from p2pswarm.dht.links import Links
+from p2pswarm.dht.messages import Envelope, FindNode, FoundNodes, Ping, Pong, Reply, Request
+from p2pswarm.dht.table import PeerTable
+from p2pswarm.net.network import Network
+
+MAX_NEWCOMERS = 64
+"""Waiting for records to be handed over; those beyond wait for the owners' renewals instead."""
+
+ReplyT = TypeVar("ReplyT", bound=Reply)
+
+logger = logging.getLogger(__name__)
+
+
+class Neighbours:
+    """Contacts, and opinions on them."""
+
+    def __init__(self, network: Network, known: KnownPeers, background: Background, config: DhtConfig) -> None:
+        self._network = network
+        self._known = known
+        self._background = background
+        self._config = config
+        self.links = Links(network, config)
+        self.table = PeerTable(node_id_of(network.peer_id), config.k)
+        self.bad_peers = BadPeers(config.bad_peer_s, config.max_bad_peer_s)
+        self.num_asked = 0
+        self.num_unanswered = 0
+        self._being_tested: set[PeerId] = set()
+        self._newcomers: dict[PeerId, Contact] = {}
+        self._changed = trio.Event()
+
+    @property
+    def own_peer_id(self) -> PeerId:
+        return self._network.peer_id
+
+    @property
+    def own_addresses(self) -> tuple[str, ...]:
+        """What we tell others of where we are; nothing when we do not serve."""
+        return usable_addresses(self._network.peer_id, self._network.addresses) if self._config.serve else ()
+
+    async def ask(self, contact: Contact, request: Request, wanted: type[ReplyT]) -> ReplyT | None:
+        """The contact's answer; None where it gave none that makes sense, and is left alone for a while."""
+        self._network.add_addresses(contact.peer_id, contact.addresses)
+        self.num_asked += 1
+        try:
+            answer = await self.links.ask(contact.peer_id, request, self.own_addresses)
+            if not isinstance(answer.message, wanted):
+                got = type(answer.message).__name__
+                raise ProtocolViolation(f"{contact.peer_id} answered {got} to {request}", contact.peer_id)
+        except (NetworkError, RemoteError) as error:
+            logger.debug("%s", error)
+            self._gave_no_answer(contact.peer_id)
+            return None
+        self.heard_from(contact.peer_id, answer)
+        if answer.sender_addresses:
+            self._known.answered(Contact(contact.peer_id, answer.sender_addresses))
+        return answer.message
+
+    async def greet(self, contact: Contact) -> bool:
+        """Dials a contact from outside the DHT, with more patience than `ask` has; whether it answered."""
+        for address in contact.addresses:
+            try:
+                await self._network.connect(address)
+                break
+            except (NetworkError, RemoteError) as error:
+                logger.debug("%s", error)
+        return await self.ask(contact, FindNode(node_id_of(self.own_peer_id)), FoundNodes) is not None
+
+    def heard_from(self, peer_id: PeerId, envelope: Envelope) -> None:
+        """A sign of life: the peer answered, or asked us something. It enters the table if it serves."""
+        self.bad_peers.answered(peer_id)
+        if not envelope.sender_addresses:
+            return
+        contact = Contact(peer_id, envelope.sender_addresses)
+        is_new = peer_id not in self.table
+        in_the_way = self.table.seen(contact)
+        if in_the_way is not None:
+            self._test(in_the_way)
+        elif is_new and len(self._newcomers) < MAX_NEWCOMERS:
+            self._newcomers[peer_id] = contact
+            self._changed.set()
+
+    def usable(self, contacts: Iterable[Contact]) -> list[Contact]:
+        """Those of a stranger's contacts that are worth asking: not ourselves, and not silent lately."""
+        now_s = trio.current_time()
+        return [
+            contact
+            for contact in contacts
+            if contact.peer_id != self.own_peer_id and not self.bad_peers.is_bad(contact.peer_id, now_s)
+        ]
+
+    async def wait_alone(self) -> None:
+        """Returns while the table is empty."""
+        while len(self.table):
+            await self._wait_changed()
+
+    async def wait_newcomer(self) -> None:
+        """Returns when there is something for `take_newcomers`."""
+        while not self._newcomers:
+            await self._wait_changed()
+
+    def take_newcomers(self) -> list[Contact]:
+        """The contacts that have entered the table since the last call."""
+        newcomers, self._newcomers = list(self._newcomers.values()), {}
+        return newcomers
+
+    def _gave_no_answer(self, peer_id: PeerId) -> None:
+        self.num_unanswered += 1
+        self.bad_peers.failed(peer_id, trio.current_time())
+        self.table.remove(peer_id)
+        if not len(self.table):
+            self._changed.set()
+
+    def _test(self, contact: Contact) -> None:
+        """Asks the contact for a sign of life, since a newcomer could use its place."""
+        if contact.peer_id not in self._being_tested:
+            self._being_tested.add(contact.peer_id)
+            self._background.start_soon(self._ping, contact)
+
+    async def _ping(self, contact: Contact) -> None:
+        try:
+            await self.ask(contact, Ping(), Pong)
+        finally:
+            self._being_tested.discard(contact.peer_id)
+
+    async def _wait_changed(self) -> None:
+        if self._changed.is_set():
+            self._changed = trio.Event()
+        await self._changed.wait()

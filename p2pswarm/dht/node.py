@@ -1,0 +1,200 @@
+"""A node of the DHT: finds the nodes closest to a key, stores signed records there, and gets them back.
+
+Theory of operation. Nodes and keys are points in a space of 160 bits; the distance of two is their exclusive or. Each
+node knows many nodes near itself and some everywhere (`dht/table.py`), so that asking the closest known ones, again
+and again, leads to the nodes closest to any point (`dht/lookup.py`). The k closest to a key hold its records
+(`dht/store.py`); readers ask the closest few and merge what they say (`dht/reading.py`), the newest record of each
+owner winning. Nothing is believed: a record is checked by whoever stores it and by whoever reads it
+(`dht/record.py`). Answers are not cached on the way: a reader gets what holders say now.
+
+Owners renew their records (`directory/announcer.py`); nodes hand records to newcomers, look around now and then, and
+find their way back after an outage (`dht/upkeep.py`). `docs/protocol-dht.md` has the bytes.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+
+import trio
+
+from p2pswarm.core.clock import Clock
+from p2pswarm.core.errors import ConfigError, NoPeersError
+from p2pswarm.core.ids import PeerId
+from p2pswarm.dht.answering import Answering
+from p2pswarm.dht.background import Background
+from p2pswarm.dht.config import DhtConfig
+from p2pswarm.dht.contact import Contact, distance, key_id_of, node_id_of
+from p2pswarm.dht.entry import PointsOfEntry
+from p2pswarm.dht.incoming import IncomingStreams
+from p2pswarm.dht.known_peers import KnownPeers
+from p2pswarm.dht.messages import DHT_PROTOCOL, FoundRecords, Store, Stored
+from p2pswarm.dht.neighbours import Neighbours
+from p2pswarm.dht.reading import Reading
+from p2pswarm.dht.record import RecordChecker, SignedRecord
+from p2pswarm.dht.store import RecordStore
+from p2pswarm.dht.upkeep import Upkeep
+from p2pswarm.dht.walk import Walks
+from p2pswarm.net.network import Network
+
+MAX_PAGES_PER_HOLDER = 64
+"""2048 records of the usual size fill 16 pages, of the largest 140; other holders send the rest."""
+RECORDS_BETWEEN_BREATHS = 8
+"""Checking this many new signatures takes 1 ms; then other tasks have their turn."""
+DEFAULT_CONFIG = DhtConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class DhtStatistics:
+    """A snapshot of one node."""
+
+    num_contacts: int
+    num_records: int
+    num_record_bytes: int
+    num_links: int
+    """Streams we keep open to others."""
+    num_incoming_streams: int
+    num_asked: int
+    """Requests of ours so far."""
+    num_unanswered: int
+    num_served: int
+    """Requests of others so far."""
+
+
+class DhtNode:
+    """Works while `run` does."""
+
+    def __init__(
+        self,
+        network: Network,
+        clock: Clock,
+        random: Random,
+        config: DhtConfig = DEFAULT_CONFIG,
+        known_peers_path: Path | None = None,
+    ) -> None:
+        config = replace(config, serve=config.serve and bool(network.addresses))
+        self._network = network
+        self._clock = clock
+        self._config = config
+        self._background = Background()
+        self._checker = RecordChecker(config.store)
+        self._known = KnownPeers(known_peers_path)
+        self._store = RecordStore(node_id_of(network.peer_id), self._checker, config.store)
+        self._neighbours = Neighbours(network, self._known, self._background, config)
+        self._walks = Walks(self._neighbours, self._background, config)
+        self._entry = PointsOfEntry(self._neighbours, self._known, self._background, config)
+        self._incoming = IncomingStreams(Answering(self._neighbours, self._store, clock, config.k).answer, config)
+        self._upkeep = Upkeep(
+            self._neighbours, self._walks, self._entry, self._known, self._store, clock, random, config
+        )
+
+    @property
+    def serves(self) -> bool:
+        """Whether others may find us and store with us: only where they can dial us."""
+        return self._config.serve
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves others and keeps house, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            await nursery.start(self._background.run)
+            if self.serves:
+                self._network.serve(DHT_PROTOCOL, self._incoming.handle)
+            nursery.start_soon(self._upkeep.run)
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                self._neighbours.links.close_all()
+                self._known.save()
+
+    async def bootstrap(self, addresses: Sequence[str] = ()) -> None:
+        """Joins the swarm that the peers at `addresses`, or those remembered from last time, belong to.
+
+        Returns when one of them has answered and, where we serve, the nodes around us know us; at once when there is
+        nobody to ask (a new swarm). Whenever all others are lost, these peers are turned to again. Raises
+        `ConfigError` for an address that cannot be dialled, `NoPeersError` when nobody answers.
+        """
+        self._entry.give(addresses)
+        contacts = self._entry.contacts()
+        if not contacts:
+            return
+        if not await self._entry.greet():
+            some = ", ".join(contact.addresses[0] for contact in contacts[:5])
+            raise NoPeersError(f"none of {len(contacts)} known peers answers: {some}")
+        if self.serves:
+            await self._upkeep.make_ourselves_known()
+
+    async def put(self, record: SignedRecord) -> int:
+        """Stores our own or anyone's record at the k nodes closest to its key; how many of them took it.
+
+        Raises `ConfigError` for a record that nobody would take.
+        """
+        refusal = self._checker.refusal(record, self._clock.unix_time_s())
+        if refusal is not None:
+            raise ConfigError(f"nobody would store this record of {record.owner}: {refusal.value}")
+        key_id = key_id_of(record.key)
+        holders = list(await self._walks.find_closest(key_id, self._config.k))
+        num_taken = 0
+        if self.serves and _is_among_closest(node_id_of(self._network.peer_id), key_id, holders, self._config.k):
+            holders = holders[: self._config.k - 1]
+            num_taken += self._store.put(record, self._clock.unix_time_s()) is None
+
+        async def store_at(holder: Contact) -> None:
+            nonlocal num_taken
+            answer = await self._neighbours.ask(holder, Store((record,)), Stored)
+            num_taken += answer is not None and answer.refusals == (None,)
+
+        async with trio.open_nursery() as nursery:
+            for holder in holders:
+                nursery.start_soon(store_at, holder)
+        return num_taken
+
+    async def get(self, key: bytes, known: Iterable[SignedRecord] = ()) -> Mapping[PeerId, SignedRecord]:
+        """The newest valid record of each owner under the key.
+
+        `known` are valid records the caller has from before: they count, and are not sent again.
+        """
+        reading = Reading(key, self._checker, known)
+        for record in self._store.get(key, self._clock.unix_time_s()):
+            reading.take(record, self._clock.unix_time_s())
+
+        async def read_from(holder: Contact) -> Sequence[Contact] | None:
+            return await self._read_from(holder, reading)
+
+        await self._walks.run(key_id_of(key), self._config.read_width, read_from)
+        return reading.records(self._clock.unix_time_s())
+
+    def statistics(self) -> DhtStatistics:
+        neighbours = self._neighbours
+        return DhtStatistics(
+            num_contacts=len(neighbours.table),
+            num_records=self._store.num_records,
+            num_record_bytes=self._store.size_bytes,
+            num_links=neighbours.links.num_open,
+            num_incoming_streams=self._incoming.num_open,
+            num_asked=neighbours.num_asked,
+            num_unanswered=neighbours.num_unanswered,
+            num_served=self._incoming.num_served,
+        )
+
+    async def _read_from(self, holder: Contact, reading: Reading) -> Sequence[Contact] | None:
+        """Takes all pages that the holder has; the contacts it named, None where it did not answer."""
+        contacts: Sequence[Contact] = ()
+        for _ in range(MAX_PAGES_PER_HOLDER):
+            answer = await self._neighbours.ask(holder, reading.request(), FoundRecords)
+            if answer is None:
+                return None
+            contacts = answer.contacts
+            has_gained = False
+            for index, record in enumerate(answer.records):
+                if index % RECORDS_BETWEEN_BREATHS == RECORDS_BETWEEN_BREATHS - 1:
+                    await trio.lowlevel.checkpoint()
+                has_gained |= reading.take(record, self._clock.unix_time_s())
+            if not answer.has_more or not has_gained:
+                break
+        return self._neighbours.usable(contacts)
+
+
+def _is_among_closest(own_id: bytes, key_id: bytes, others: Sequence[Contact], k: int) -> bool:
+    own_distance = distance(own_id, key_id)
+    return sum(distance(node_id_of(other.peer_id), key_id) < own_distance for other in others) < k

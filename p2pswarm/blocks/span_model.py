@@ -7,7 +7,8 @@ are swapped in, and at the last one the answer is taken out. Read `architecture.
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,15 +36,16 @@ class SpanModel:
         self._accepted = frozenset(inspect.signature(type(self._base_model).forward).parameters)
         self._swapped_in: torch.Tensor | None = None
         self._taken_out: torch.Tensor | None = None
-        blocks = layout.blocks
-        blocks[span.start].register_forward_pre_hook(self._swap_in, with_kwargs=True)
-        blocks[span.end - 1].register_forward_hook(self._take_out)
+        self._blocks = layout.blocks
+        self._indices = range(span.start, span.end)
+        self._blocks[span.start].register_forward_pre_hook(self._swap_in, with_kwargs=True)
+        self._blocks[span.end - 1].register_forward_hook(self._take_out)
         self.cache_bytes_per_token = self._measure_cache()
         """Keys and values of one token of one sequence, over the whole span."""
 
-    def new_cache(self, batch_size: int) -> SpanCache:
-        """An empty cache for `batch_size` sequences; it takes its memory as tokens come."""
-        return SpanCache(self.span, self._windows)
+    def new_cache(self, batch_size: int, blocks: Span | None = None) -> SpanCache:
+        """An empty cache of `blocks` (all of the span's) for `batch_size` sequences; it takes its memory as tokens come."""
+        return SpanCache(blocks or self.span, self._windows)
 
     @torch.inference_mode()
     def run(
@@ -54,8 +56,9 @@ class SpanModel:
         position: int,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        blocks: Span | None = None,
     ) -> torch.Tensor:
-        """The hidden states after the span's last block, shaped as those that came in.
+        """The hidden states after the last of `blocks` (all of the span's), shaped as those that came in.
 
         `hidden_states: [batch, tokens, hidden]` follow the first `position` tokens in the cache; whatever the cache
         holds after them is forgotten first. `attention_mask: [batch, position + tokens], bool`, False where there is
@@ -68,7 +71,8 @@ class SpanModel:
             raise ValueError(f"a run at position {position} needs a cache")
         states = hidden_states.to(device=self.device, dtype=self.dtype)
         try:
-            return self._run(states, cache, attention_mask=attention_mask, position_ids=position_ids)
+            with self._only(blocks or self.span):
+                return self._run(states, cache, attention_mask=attention_mask, position_ids=position_ids)
         except BaseException:
             if cache is not None:
                 cache.crop(position)
@@ -86,6 +90,29 @@ class SpanModel:
         self._base_model(inputs_embeds=states, past_key_values=cache, use_cache=cache is not None, **arguments)
         assert self._taken_out is not None
         return self._taken_out
+
+    @contextmanager
+    def _only(self, wanted: Span) -> Iterator[None]:
+        """Lets the span's other blocks pass their hidden states on, while the context lasts."""
+        if wanted == self.span:
+            yield
+            return
+        if not self.span.contains(wanted):
+            raise ValueError(f"blocks {wanted} are not in the span {self.span}")
+        others = {index: self._blocks[index] for index in self._indices if not wanted.covers(index)}
+        for index, block in others.items():
+            self._blocks[index] = PassThrough(block)
+        hooks = (
+            self._blocks[wanted.start].register_forward_pre_hook(self._swap_in, with_kwargs=True),
+            self._blocks[wanted.end - 1].register_forward_hook(self._take_out),
+        )
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for index, block in others.items():
+                self._blocks[index] = block
 
     def _swap_in(
         self, layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]

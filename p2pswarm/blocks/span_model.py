@@ -44,7 +44,7 @@ class SpanModel:
         """Keys and values of one token of one sequence, over the whole span."""
 
     def new_cache(self, batch_size: int, blocks: Span | None = None) -> SpanCache:
-        """An empty cache of `blocks` (all of the span's) for `batch_size` sequences; it takes its memory as tokens come."""
+        """An empty cache of `blocks` (all of the span's) for `batch_size` sequences; takes its memory as tokens come."""
         return SpanCache(blocks or self.span, self._windows)
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""A span runs any part of itself, as routes that overlap ask for, exactly as a server that holds only that part would."""
+"""A span runs any part of itself, as overlapping routes ask for, exactly as a server of that part alone would."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

@@ -34,9 +34,9 @@ class Layout:
     hidden_size: int
 
     @property
-    def base_model(self) -> nn.Module:
-        """The part of the model that goes from embeddings to hidden states."""
-        return getattr(self.model, self.model.base_model_prefix, self.model)
+    def decoder(self) -> nn.Module:
+        """The part of the model whose `forward` runs the blocks, one after the other."""
+        return self.model.get_submodule(self.blocks_path.rpartition(".")[0])
 
     @property
     def blocks(self) -> nn.ModuleList:

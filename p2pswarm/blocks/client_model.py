@@ -5,7 +5,8 @@ calls `run_blocks`, its others pass through; both hold no weights. `SwarmCache` 
 key-value cache.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,15 +102,17 @@ class SwarmBlocks(nn.Module):
         super().__init__()
         copy_settings(replaced, self)
         self.run_blocks = run_blocks
-        self.inputs: dict[str, Any] = {}
-        """What the base model was called with."""
+        self.inputs: Mapping[str, Any] | None = None
+        """What the decoder was called with."""
 
-    def remember_inputs(self, base_model: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        """A forward pre-hook of the base model."""
-        self.inputs = named
+    def remember_inputs(self, decoder: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+        """A forward pre-hook of the decoder, the module that runs the blocks."""
+        bound = inspect.signature(decoder.forward).bind_partial(*arguments).arguments if arguments else {}
+        self.inputs = {**bound, **named}
 
     def forward(self, hidden_states: torch.Tensor, *arguments: Any, **named_arguments: Any) -> torch.Tensor:
-        inputs, self.inputs = self.inputs, {}
+        inputs, self.inputs = self.inputs, None
+        assert inputs is not None, "the blocks were called without their decoder"
         cache = inputs.get("past_key_values")
         if cache is not None and not isinstance(cache, SwarmCache):
             raise TypeError(f"past_key_values must be a SwarmCache (or None), not {type(cache).__name__}")
@@ -165,7 +168,7 @@ def load_client_model(
     layout = lay_out(source.config, dtype)
     blocks = layout.blocks
     first = SwarmBlocks(blocks[0], run_blocks)
-    layout.base_model.register_forward_pre_hook(first.remember_inputs, with_kwargs=True)
+    layout.decoder.register_forward_pre_hook(first.remember_inputs, with_kwargs=True)
     for index, layer in enumerate(blocks):
         blocks[index] = PassThrough(layer) if index else first
     load_weights(layout.model, source, dtype=dtype, device=device)

@@ -89,7 +89,7 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return -1
 
     def cut(self, length: int) -> None:
-        self.length = length
+        self.length = min(length, self.length)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         if self._stored is not None:
@@ -111,8 +111,8 @@ class SpanCache(Cache):
 
     @property
     def length(self) -> int:
-        """Tokens that have passed through the span."""
-        return self.held[0].length
+        """Tokens that have passed through the whole span; layers that are further have failed halfway."""
+        return min(layer.length for layer in self.held)
 
     @property
     def size_bytes(self) -> int:

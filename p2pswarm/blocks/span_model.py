@@ -1,14 +1,13 @@
 """A span of a model's blocks, as a server runs it: hidden states in, hidden states out.
 
-The model's own base class runs, with its own masks and rotary embeddings, around a layer list in which only the
-span's layers are real. What it does before its layers goes nowhere: at the span's first layer the true hidden states
-are swapped in, and at the last one the answer is taken out. Read `architecture.py` for how the parts are found and
+The model's own decoder class runs, with its own masks and rotary embeddings, around a block list in which only the
+span's blocks are real. What it does before its blocks goes nowhere: at the first block the true hidden states are
+swapped in, and at the last one the answer is taken out. Read `architecture.py` for how the parts are found and
 `stand_ins.py` for what fills the rest.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,34 +16,81 @@ from torch import nn
 from p2pswarm.blocks.architecture import Layout, lay_out, layer_windows
 from p2pswarm.blocks.kv_cache import SpanCache
 from p2pswarm.blocks.loading import load_weights
-from p2pswarm.blocks.stand_ins import PassThrough, empty_outside
+from p2pswarm.blocks.stand_ins import PassThrough, as_layer_output, copy_settings, empty_outside
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
 from p2pswarm.core.span import Span
+
+MODEL_CODE_FAILURES = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What transformers' code raises when it meets a model in pieces that it cannot run."""
+
+
+@dataclass(slots=True)
+class _Passage:
+    """What is going through the span just now."""
+
+    blocks: Span
+    hidden_states: torch.Tensor | None = None
+    output: torch.Tensor | None = None
+
+
+class SpanBlock(nn.Module):
+    """A real block in its place in the decoder, with the way in and the way out of the span."""
+
+    def __init__(self, block: nn.Module, index: int, passage: _Passage) -> None:
+        super().__init__()
+        copy_settings(block, self)
+        self.block = block
+        self.index = index
+        self.passage = passage
+
+    def forward(self, *arguments: Any, **named: Any) -> Any:
+        passage = self.passage
+        if not passage.blocks.covers(self.index):
+            return as_layer_output(arguments[0] if arguments else named["hidden_states"])
+        if self.index == passage.blocks.start:
+            if arguments:
+                arguments = (passage.hidden_states, *arguments[1:])
+            else:
+                named["hidden_states"] = passage.hidden_states
+        output = self.block(*arguments, **named)
+        if self.index == passage.blocks.end - 1:
+            passage.output = output[0] if isinstance(output, tuple) else output
+        return output
 
 
 class SpanModel:
     """Blocks `span` of a model. Owned by one thread; holds no state of any session."""
 
     def __init__(self, layout: Layout, span: Span, *, dtype: torch.dtype, device: torch.device) -> None:
+        """Takes the layout's blocks over; they and all around them must hold their weights."""
         self.span = span
         self.hidden_size = layout.hidden_size
         self.dtype = dtype
         self.device = device
-        self._base_model = layout.base_model
+        self._decoder = layout.decoder
+        self._accepted = frozenset(inspect.signature(type(self._decoder).forward).parameters)
         self._windows = layer_windows(layout.model.config)
-        self._accepted = frozenset(inspect.signature(type(self._base_model).forward).parameters)
-        self._swapped_in: torch.Tensor | None = None
-        self._taken_out: torch.Tensor | None = None
-        self._blocks = layout.blocks
-        self._indices = range(span.start, span.end)
-        self._blocks[span.start].register_forward_pre_hook(self._swap_in, with_kwargs=True)
-        self._blocks[span.end - 1].register_forward_hook(self._take_out)
+        self._passage = _Passage(span)
+        for index in range(span.start, span.end):
+            layout.blocks[index] = SpanBlock(layout.blocks[index], index, self._passage)
         self.cache_bytes_per_token = self._measure_cache()
         """Keys and values of one token of one sequence, over the whole span."""
 
     def new_cache(self, batch_size: int, blocks: Span | None = None) -> SpanCache:
-        """An empty cache of `blocks` (all of the span's) for `batch_size` sequences; takes its memory as tokens come."""
+        """An empty cache of `blocks` (all of the span's) for `batch_size` sequences.
+
+        It takes its memory as tokens come.
+        """
         return SpanCache(blocks or self.span, self._windows)
 
     @torch.inference_mode()
@@ -65,69 +111,40 @@ class SpanModel:
         padding. `position_ids: [batch, tokens], int64`; None counts on from `position`. On an exception the cache
         holds the first `position` tokens. Without a cache, `position` must be 0.
         """
+        wanted = blocks or self.span
+        if not self.span.contains(wanted):
+            raise ValueError(f"blocks {wanted} are not in the span {self.span}")
         if cache is not None:
             cache.crop(position)
         elif position != 0:
             raise ValueError(f"a run at position {position} needs a cache")
+        named = {"attention_mask": attention_mask, "position_ids": position_ids}
+        arguments: dict[str, Any] = {
+            name: value.to(self.device) for name, value in named.items() if value is not None and name in self._accepted
+        }
         states = hidden_states.to(device=self.device, dtype=self.dtype)
+        passage = self._passage
+        passage.blocks, passage.hidden_states, passage.output = wanted, states, None
         try:
-            with self._only(blocks or self.span):
-                return self._run(states, cache, attention_mask=attention_mask, position_ids=position_ids)
+            self._decoder(inputs_embeds=states, past_key_values=cache, use_cache=cache is not None, **arguments)
+            assert passage.output is not None, "the decoder did not run its blocks"
+            return passage.output
         except BaseException:
             if cache is not None:
-                cache.crop(position)
+                cache.crop(min(position, cache.length))
             raise
         finally:
-            self._swapped_in = self._taken_out = None
-
-    def _run(self, states: torch.Tensor, cache: SpanCache | None, **optional: torch.Tensor | None) -> torch.Tensor:
-        arguments: dict[str, Any] = {
-            name: value.to(self.device)
-            for name, value in optional.items()
-            if value is not None and name in self._accepted
-        }
-        self._swapped_in = states
-        self._base_model(inputs_embeds=states, past_key_values=cache, use_cache=cache is not None, **arguments)
-        assert self._taken_out is not None
-        return self._taken_out
-
-    @contextmanager
-    def _only(self, wanted: Span) -> Iterator[None]:
-        """Lets the span's other blocks pass their hidden states on, while the context lasts."""
-        if wanted == self.span:
-            yield
-            return
-        if not self.span.contains(wanted):
-            raise ValueError(f"blocks {wanted} are not in the span {self.span}")
-        others = {index: self._blocks[index] for index in self._indices if not wanted.covers(index)}
-        for index, block in others.items():
-            self._blocks[index] = PassThrough(block)
-        hooks = (
-            self._blocks[wanted.start].register_forward_pre_hook(self._swap_in, with_kwargs=True),
-            self._blocks[wanted.end - 1].register_forward_hook(self._take_out),
-        )
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for index, block in others.items():
-                self._blocks[index] = block
-
-    def _swap_in(
-        self, layer: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if arguments:
-            return (self._swapped_in, *arguments[1:]), dict(named)
-        return arguments, {**named, "hidden_states": self._swapped_in}
-
-    def _take_out(self, layer: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        self._taken_out = output[0] if isinstance(output, tuple) else output
+            passage.hidden_states = passage.output = None
 
     def _measure_cache(self) -> int:
         """Runs one token, and so shows that the span works and that each of its layers keeps keys and values of it."""
         cache = self.new_cache(1)
-        self.run(torch.zeros(1, 1, self.hidden_size), cache, position=0)
+        try:
+            self.run(torch.zeros(1, 1, self.hidden_size), cache, position=0)
+        except MODEL_CODE_FAILURES as error:
+            raise UnsupportedModelError(
+                f"a {type(self._decoder).__name__} cannot run only some of its blocks: {error!r}"
+            ) from error
         forgetful = [self.span.start + index for index, layer in enumerate(cache.held) if layer.length != 1]
         if forgetful:
             raise UnsupportedModelError(

@@ -11,7 +11,8 @@ from p2pswarm.wire.frames import DEFAULT_LIMITS, Buffer, FrameDecoder, WireLimit
 from p2pswarm.wire.messages import PROTOCOL_VERSION, Message
 from p2pswarm.wire.serialization import decode_message, encode_message, sender_version
 
-READ_BYTES = 1 << 20
+READ_BYTES = 256 << 10
+"""Also what a peer may have us hold, for each stream, beyond the message that is being worked on."""
 
 
 class ByteStream(Protocol):

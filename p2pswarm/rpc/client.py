@@ -1,0 +1,117 @@
+"""`RpcClient`: calls to other nodes, each with a deadline; idle streams are kept and used again.
+
+A call that is cancelled, fails or is too late resets its stream: what may still come on it belongs to nobody. Errors
+say what to do next (`core/errors.py`); nothing is retried here, but for a kept stream that its server had closed
+meanwhile.
+"""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TypeVar
+
+from p2pswarm.core.errors import BadAnswer, ConnectionLost, ProtocolViolation
+from p2pswarm.core.ids import PeerId
+from p2pswarm.net.network import Network
+from p2pswarm.rpc.deadline import deadline
+from p2pswarm.rpc.error_replies import error_from
+from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL, RpcLimits
+from p2pswarm.rpc.remote_session import RemoteSession
+from p2pswarm.rpc.stream_pool import StreamPool
+from p2pswarm.wire.framed_stream import FramedStream
+from p2pswarm.wire.messages import (
+    ErrorReply,
+    Forward,
+    ForwardReply,
+    InfoReply,
+    InfoRequest,
+    Message,
+    OpenSession,
+    SessionOpened,
+)
+
+Reply = TypeVar("Reply", InfoReply, ForwardReply, SessionOpened)
+
+
+class RpcClient:
+    """Calls over `network`, from any number of tasks at once. `close` it in the end."""
+
+    def __init__(self, network: Network, limits: RpcLimits = DEFAULT_RPC_LIMITS) -> None:
+        self._network = network
+        self._limits = limits
+        self._pool = StreamPool(limits)
+
+    def close(self) -> None:
+        """Closes the idle streams."""
+        self._pool.close()
+
+    async def info(self, peer_id: PeerId, timeout_s: float) -> InfoReply:
+        """What the peer serves. Raises as `forward` does."""
+        framed, reply = await self._call(peer_id, InfoRequest(), InfoReply, timeout_s)
+        self._pool.put(framed)
+        if reply.info.peer_id != peer_id:
+            raise BadAnswer(f"{peer_id} says that it is {reply.info.peer_id}", peer_id)
+        return reply
+
+    async def forward(self, peer_id: PeerId, request: Forward, timeout_s: float) -> ForwardReply:
+        """The batch after the peer's blocks, in the shape, dtype and codec asked for.
+
+        Raises `RequestRefused`, `RemoteError` (`ServerBusy`, `ServerFailed`, `BadAnswer`, `ProtocolViolation`),
+        `NetworkError` (`PeerUnreachable`, `ConnectionLost`, `DeadlineExceeded`).
+        """
+        framed, reply = await self._call(peer_id, request, ForwardReply, timeout_s)
+        self._pool.put(framed)
+        got, sent = reply.hidden_states, request.hidden_states
+        if (got.shape, got.dtype, got.codec) != (sent.shape, sent.dtype, request.codec):
+            raise BadAnswer(
+                f"{peer_id} answered {got.dtype} of shape {list(got.shape)} by codec {got.codec.value}, wanted "
+                f"{sent.dtype} of shape {list(sent.shape)} by codec {request.codec.value}",
+                peer_id,
+            )
+        return reply
+
+    @contextlib.asynccontextmanager
+    async def open_session(
+        self, peer_id: PeerId, request: OpenSession, timeout_s: float
+    ) -> AsyncIterator[RemoteSession]:
+        """A session at the peer, for as long as the block lasts. Raises as `forward` does."""
+        framed, reply = await self._call(peer_id, request, SessionOpened, timeout_s)
+        session = RemoteSession(framed, request)
+        try:
+            if reply.session_id != request.session_id:
+                raise BadAnswer(f"{peer_id} opened session {reply.session_id}, not {request.session_id}", peer_id)
+            yield session
+        finally:
+            session.close()
+
+    async def _call(
+        self, peer_id: PeerId, request: Message, reply_type: type[Reply], timeout_s: float
+    ) -> tuple[FramedStream, Reply]:
+        """The answer, and the stream it came on, which is now the caller's."""
+        with deadline(timeout_s, peer_id, f"answer {type(request).__name__}"):
+            kept = self._pool.take(peer_id)
+            if kept is not None:
+                with contextlib.suppress(ConnectionLost):
+                    return kept, await _exchange(kept, request, reply_type)
+            framed = FramedStream(await self._network.open_stream(peer_id, RPC_PROTOCOL), self._limits.wire)
+            return framed, await _exchange(framed, request, reply_type)
+
+
+async def _exchange(framed: FramedStream, request: Message, reply_type: type[Reply]) -> Reply:
+    """One request and its answer; the stream is reset after anything else than the answer that was asked for."""
+    try:
+        await framed.send(request)
+        answer = await framed.receive()
+        match answer:
+            case ErrorReply():
+                raise error_from(answer, framed.peer_id)
+            case None:
+                raise ConnectionLost(f"{framed.peer_id} closed the stream without an answer", framed.peer_id)
+            case _ if isinstance(answer, reply_type):
+                return answer
+            case _:
+                raise ProtocolViolation(
+                    f"{framed.peer_id} answered {type(request).__name__} by {type(answer).__name__}", framed.peer_id
+                )
+    except BaseException:
+        framed.reset()
+        raise

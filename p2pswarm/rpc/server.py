@@ -1,0 +1,119 @@
+"""`RpcServer`: answers the calls of strangers on a network, each stream in a task of its own, and stops in good order.
+
+Decides who gets a stream (`rpc/usage.py`) and who has to leave at the end. What happens on one stream is
+`rpc/served_stream.py`; what is answered is the `RpcService`'s.
+"""
+
+from dataclasses import dataclass
+
+import trio
+
+from p2pswarm.core.errors import ServerBusy
+from p2pswarm.net.network import Network, Stream
+from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL, RpcLimits
+from p2pswarm.rpc.served_stream import CLOSE_SESSION_TIMEOUT_S, GOODBYE_TIMEOUT_S, ServedStream
+from p2pswarm.rpc.service import RpcService
+from p2pswarm.rpc.usage import Usage
+from p2pswarm.wire.framed_stream import FramedStream
+
+SESSION_REST_S = 1.0
+"""While draining, a session without a step for this long is handed back: nobody waits for its next token."""
+DRAIN_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class RpcStatistics:
+    """What the server holds at this moment, and what it did since it started."""
+
+    num_peers: int
+    num_streams: int
+    num_sessions: int
+    num_busy: int
+    """Streams with a request in work."""
+    received_bytes: int
+    """Of requests still coming or in work."""
+    num_streams_served: int
+    num_streams_refused: int
+
+
+class RpcServer:
+    """Serves `service` on `network` while `run` runs."""
+
+    def __init__(self, network: Network, service: RpcService, limits: RpcLimits = DEFAULT_RPC_LIMITS) -> None:
+        self._network = network
+        self._service = service
+        self._limits = limits
+        self._usage = Usage(limits)
+        self._streams: set[ServedStream] = set()
+        self._is_draining = False
+        self._is_over = False
+        self._num_served = 0
+        self._num_refused = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serves until cancelled; then all streams have ended and all sessions are closed."""
+        self._network.serve(RPC_PROTOCOL, self._serve)
+        task_status.started()
+        try:
+            await trio.sleep_forever()
+        finally:
+            self._is_over = True
+            with trio.move_on_after(CLOSE_SESSION_TIMEOUT_S + GOODBYE_TIMEOUT_S, shield=True):
+                await self._hand_back_all()
+
+    def stop_accepting(self) -> None:
+        """From now on new sessions and batches are answered `DRAINING`; open sessions go on."""
+        self._is_draining = True
+        for served in self._streams:
+            served.is_draining = True
+
+    async def drain(self, grace_s: float) -> None:
+        """Returns when no stream is left.
+
+        Calls in work and sessions in use get `grace_s` to finish, then they are handed back; idle ones at once.
+        """
+        self.stop_accepting()
+        with trio.move_on_after(grace_s):
+            while self._streams:
+                for served in self._streams:
+                    if not served.is_busy and (not served.in_session or served.rest_s >= SESSION_REST_S):
+                        served.hand_back()
+                await trio.sleep(DRAIN_POLL_S)
+        await self._hand_back_all()
+
+    def statistics(self) -> RpcStatistics:
+        return RpcStatistics(
+            num_peers=self._usage.num_peers,
+            num_streams=self._usage.num_streams,
+            num_sessions=self._usage.num_sessions,
+            num_busy=sum(served.is_busy for served in self._streams),
+            received_bytes=self._usage.received_bytes,
+            num_streams_served=self._num_served,
+            num_streams_refused=self._num_refused,
+        )
+
+    async def _hand_back_all(self) -> None:
+        while self._streams:
+            for served in self._streams:
+                served.hand_back()
+            await trio.sleep(DRAIN_POLL_S)
+
+    async def _serve(self, stream: Stream) -> None:
+        if self._is_over:
+            stream.reset()
+            return
+        try:
+            with self._usage.stream(stream.peer_id) as budget:
+                served = ServedStream(
+                    FramedStream(stream, self._limits.wire, budget), self._service, self._usage, self._limits
+                )
+                served.is_draining = self._is_draining
+                self._streams.add(served)
+                self._num_served += 1
+                try:
+                    await served.run()
+                finally:
+                    self._streams.remove(served)
+        except ServerBusy as error:
+            self._num_refused += 1
+            await ServedStream(FramedStream(stream), self._service, self._usage, self._limits).refuse(error)

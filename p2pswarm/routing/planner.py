@@ -24,6 +24,8 @@ class RouteRequest:
     max_length: int = 0
     """Longest sequence of the session in tokens; 0 where no cache is wanted."""
     batch_size: int = 1
+    avoided: frozenset[PeerId] = frozenset()
+    """Servers that turned this very request down, or failed it."""
 
     @property
     def cache_tokens(self) -> int:
@@ -74,6 +76,8 @@ def objection(
         return str(server.state.value)
     if banned_until_s.get(server.peer_id, now_s) > now_s:
         return f"banned for {banned_until_s[server.peer_id] - now_s:.0f} s more after a failure"
+    if server.peer_id in request.avoided:
+        return "failed it or has no room now"
     if 0 < server.max_length < request.max_length:
         return f"takes at most {server.max_length} tokens, {request.max_length} are wanted"
     return servers.objection(server)

@@ -166,6 +166,13 @@ def test_banned_server_comes_back_when_the_ban_ends() -> None:
     assert names(planner.plan(WHOLE, now_s=10.0)) == [("a", "0:6")]
 
 
+def test_server_without_room_is_avoided_for_this_request_only() -> None:
+    planner = ShortestPathPlanner()
+    planner.update([server("a", 0, 6), server("b", 0, 6)], {})
+    assert names(planner.plan(replace(WHOLE, avoided=frozenset({PeerId("a")})), now_s=0.0)) == [("b", "0:6")]
+    assert names(planner.plan(WHOLE, now_s=0.0)) == [("a", "0:6")]
+
+
 def test_shorter_ban_does_not_lift_a_longer_one() -> None:
     planner = ShortestPathPlanner()
     planner.update([server("a", 0, 6), server("b", 0, 6)], {})

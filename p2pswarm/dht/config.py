@@ -35,15 +35,18 @@ class DhtConfig:
     """Nodes that hold each record; also the size of a bucket and of an answer."""
     alpha: int = 3
     """Requests of one lookup under way at once while it still comes closer to its target."""
-    read_width: int = 8
-    """Closest living nodes that a reader asks. Each holds all records of its keys, unless it came within the last
-    seconds: eight leave room for the newly arrived and for liars."""
+    read_quorum: int = 6
+    """A reader has asked enough when this many of the k closest living nodes have answered. Each holds all records of
+    the key, unless it came within the last seconds: six leave room for the newly arrived and for liars."""
     max_requests_per_lookup: int = 120
     """Six times k: a liar who invents contacts cannot keep a lookup going."""
     request_timeout_s: float = 2.0
     """The most that a hung peer can cost; then it is left out for a while."""
-    slow_after_s: float = 0.5
-    """A lookup goes on without an answer after this long; the answer still counts when it comes."""
+    stagger_s: float = 0.1
+    """A request without an answer after this long no longer counts among the `alpha`: a dial takes eight round
+    trips."""
+    slow_after_s: float = 0.75
+    """A lookup does without an answer after this long, if others can take its place; it still counts when it comes."""
     max_outgoing_requests: int = 64
     max_links: int = 256
     """Streams kept open for later requests, one per peer; the least recently used is closed first."""
@@ -62,7 +65,7 @@ class DhtConfig:
     max_bad_peer_s: float = 1800.0
     bootstrap_timeout_s: float = 10.0
     """For all given and known peers together, who are asked at once."""
-    join_refreshes: int = 3
+    join_refreshes: int = 2
     """Buckets filled when a serving node joins; the others follow one per `refresh_period_s`."""
     handover_delay_s: float = 0.5
     """Newcomers within this time are served together."""
@@ -76,12 +79,11 @@ class DhtConfig:
     store: StoreLimits = field(default_factory=StoreLimits)
 
     def __post_init__(self) -> None:
-        for name in ("k", "alpha", "read_width", "max_requests_per_lookup", "max_outgoing_requests", "max_links"):
+        for name in ("k", "alpha", "read_quorum", "max_requests_per_lookup", "max_outgoing_requests", "max_links"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}")
-        if self.read_width > self.k:
-            raise ConfigError(f"read_width is at most k ({self.k}), got {self.read_width}")
-        if not 0 < self.slow_after_s <= self.request_timeout_s:
-            raise ConfigError(
-                f"wanted 0 < slow_after_s <= request_timeout_s, got {self.slow_after_s} and {self.request_timeout_s}"
-            )
+        if self.read_quorum > self.k:
+            raise ConfigError(f"read_quorum is at most k ({self.k}), got {self.read_quorum}")
+        if not 0 < self.stagger_s <= self.slow_after_s <= self.request_timeout_s:
+            times = f"{self.stagger_s}, {self.slow_after_s} and {self.request_timeout_s}"
+            raise ConfigError(f"wanted 0 < stagger_s <= slow_after_s <= request_timeout_s, got {times}")

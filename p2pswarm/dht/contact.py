@@ -4,6 +4,7 @@ Ids are 160 bits because the `kademlia` package's tables are. They are hashes, s
 """
 
 import hashlib
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,7 +65,10 @@ def distance(one: bytes, other: bytes) -> int:
 
 def closest(contacts: Iterable[Contact], target_id: bytes, count: int) -> list[Contact]:
     """The `count` contacts closest to the target, the closest first."""
-    return sorted(contacts, key=lambda contact: distance(node_id_of(contact.peer_id), target_id))[:count]
+    target = int.from_bytes(target_id, "big")
+    return heapq.nsmallest(
+        count, contacts, key=lambda contact: int.from_bytes(node_id_of(contact.peer_id), "big") ^ target
+    )
 
 
 @lru_cache(maxsize=8192)

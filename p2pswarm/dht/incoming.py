@@ -86,7 +86,9 @@ class IncomingStreams:
                 return None
             self._by_last_use.move_to_end(stream)
             self.num_served += 1
-            await trio.sleep(self._wait_s(stream.peer_id))
+            wait_s = self._wait_s(stream.peer_id)
+            if wait_s > 0:
+                await trio.sleep(wait_s)
             return await self._answer(stream.peer_id, request)
         except MalformedMessage as error:
             return Envelope(Failure(str(error)))

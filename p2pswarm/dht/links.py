@@ -68,6 +68,10 @@ class Links:
     def num_open(self) -> int:
         return sum(link.stream is not None for link in self._links.values())
 
+    def is_open(self, peer_id: PeerId) -> bool:
+        link = self._links.get(peer_id)
+        return link is not None and link.stream is not None
+
     async def ask(self, peer_id: PeerId, request: Request, sender_addresses: tuple[str, ...]) -> Envelope:
         """The peer's answer. Requests to one peer take turns; when one gets no answer, those behind it fail with it.
 
@@ -84,8 +88,9 @@ class Links:
         finally:
             link.num_users -= 1
             link.used_at_s = trio.current_time()
-            self._links.move_to_end(peer_id)
-            self._close_surplus()
+            if peer_id in self._links:  # all are closed while some are in use, when the node ends
+                self._links.move_to_end(peer_id)
+                self._close_surplus()
 
     def close_idle(self) -> None:
         """Closes what has not been used for `link_idle_s`."""

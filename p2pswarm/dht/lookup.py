@@ -1,24 +1,27 @@
 """The course of one lookup: whom to ask next on the way to the nodes closest to a target, and when to stop.
 
-Sans-IO: facts in (`answered`, `failed`, `advance`), decisions out (`next_to_ask`, `is_finished`). `dht/node.py` carries
-them out. It differs from the Kademlia paper in two ways:
+Sans-IO: facts in (`answered`, `failed`, `advance`), decisions out (`next_to_ask`, `is_finished`). `dht/walk.py` carries
+them out. The candidates are the k closest contacts heard of so far, less those that did not answer. It goes beyond the
+Kademlia paper in four ways:
 
-- Loosely parallel: a request without an answer after `slow_after_s` no longer holds a place among the `alpha`, nor does
-  the end wait for it as long as enough others are left; if its answer comes in time, it counts.
-- Once `alpha` answers in a row have brought nothing closer, all that is left of the closest `width` is asked at once.
+- Loosely parallel: a request without an answer after `stagger_s` no longer counts among the `alpha` under way.
+- A request without an answer after `slow_after_s` gives its place among the candidates to the next; it gets it back if
+  an answer comes in time. So a hung peer costs a moment, not its whole timeout.
+- Whoever is connected already is asked first, since a dial takes eight round trips.
+- Once `alpha` answers in a row have brought nothing closer, as many as the end still wants are asked at once.
 
-It ends when the closest `width` nodes that are neither dead nor slow have answered.
+It ends when `quorum` candidates have answered: for a writer all k, for a reader a few.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
 from kademlia.node import NodeHeap
 
 from p2pswarm.core.ids import PeerId
-from p2pswarm.dht.contact import Contact, PeerNode, TargetNode, node_id_of
+from p2pswarm.dht.contact import Contact, PeerNode, TargetNode
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +30,9 @@ class LookupLimits:
 
     k: int
     alpha: int
-    width: int
+    quorum: int
     max_requests: int
+    stagger_s: float
     slow_after_s: float
 
 
@@ -43,14 +47,20 @@ class _State(Enum):
 class Lookup:
     """One walk towards `target_id`; the times are the caller's."""
 
-    def __init__(self, target_id: bytes, start: Iterable[Contact], own_peer_id: PeerId, limits: LookupLimits) -> None:
+    def __init__(
+        self,
+        target_id: bytes,
+        start: Iterable[Contact],
+        limits: LookupLimits,
+        connected_peers: Callable[[], Collection[PeerId]],
+    ) -> None:
         self._limits = limits
+        self._connected_peers = connected_peers
         self._target = TargetNode(target_id)
-        self._candidates = NodeHeap(self._target, limits.k)
-        self._own_peer_id = own_peer_id
-        self._states: dict[PeerId, _State] = {}
+        self._heap = NodeHeap(self._target, limits.k)
         self._nodes: dict[PeerId, PeerNode] = {}
-        self._slow_at_s: dict[PeerId, float] = {}
+        self._states: dict[PeerId, _State] = {}
+        self._asked_at_s: dict[PeerId, float] = {}
         self._closest_distance: float = math.inf
         self._answers_without_gain = 0
         self.num_requests = 0
@@ -59,75 +69,87 @@ class Lookup:
 
     def next_to_ask(self, now_s: float) -> list[Contact]:
         """The contacts to ask now, each named once; the caller reports each with `answered` or `failed`."""
-        room = min(self._parallelism() - len(self._slow_at_s), self._limits.max_requests - self.num_requests)
-        chosen = [node for node in self._closest() if self._state(node) is _State.FRESH][: max(0, room)]
-        for node in chosen:
-            self._states[node.contact.peer_id] = _State.ASKED
-            self._slow_at_s[node.contact.peer_id] = now_s + self._limits.slow_after_s
+        room = min(self._room(now_s), self._limits.max_requests - self.num_requests)
+        if room <= 0:
+            return []
+        connected_peers = self._connected_peers()
+        fresh = [node.contact for node in self._heap if self._state(node) is _State.FRESH]
+        fresh.sort(key=lambda contact: contact.peer_id not in connected_peers)
+        chosen = fresh[:room]
+        for contact in chosen:
+            self._states[contact.peer_id] = _State.ASKED
+            self._asked_at_s[contact.peer_id] = now_s
         self.num_requests += len(chosen)
-        return [node.contact for node in chosen]
+        return chosen
 
     def answered(self, peer_id: PeerId, contacts: Iterable[Contact]) -> None:
         """The peer answered, and named these contacts."""
-        self._slow_at_s.pop(peer_id, None)
-        self._states[peer_id] = _State.ANSWERED
-        self._candidates.push(self._nodes[peer_id])
-        gained = [self._meet(contact) for contact in contacts]
-        self._answers_without_gain = 0 if any(gained) else self._answers_without_gain + 1
+        if self._states[peer_id] is _State.SLOW:
+            self._heap.push(self._nodes[peer_id])
+        self._settle(peer_id, _State.ANSWERED)
+        gains = [self._meet(contact) for contact in contacts]
+        self._answers_without_gain = 0 if any(gains) else self._answers_without_gain + 1
 
     def failed(self, peer_id: PeerId) -> None:
         """The peer did not answer, or not in a way that makes sense."""
-        self._slow_at_s.pop(peer_id, None)
-        self._states[peer_id] = _State.FAILED
-        self._candidates.remove([node_id_of(peer_id)])
+        self._settle(peer_id, _State.FAILED)
+        self._heap.remove([self._nodes[peer_id].id])
 
     def advance(self, now_s: float) -> None:
-        """Lets go of the requests that have taken too long."""
-        for peer_id in [peer_id for peer_id, slow_at_s in self._slow_at_s.items() if slow_at_s <= now_s]:
-            del self._slow_at_s[peer_id]
-            self._states[peer_id] = _State.SLOW
-            self._candidates.remove([node_id_of(peer_id)])
+        """Goes on without those that have taken too long."""
+        latest_s = now_s - self._limits.slow_after_s
+        for peer_id in [peer_id for peer_id, asked_at_s in self._asked_at_s.items() if asked_at_s <= latest_s]:
+            self._settle(peer_id, _State.SLOW)
+            self._heap.remove([self._nodes[peer_id].id])
 
-    @property
-    def wake_at_s(self) -> float:
-        """When `advance` has something to do."""
-        return min(self._slow_at_s.values(), default=math.inf)
+    def wake_at_s(self, now_s: float) -> float:
+        """When there is something to do even if no answer comes."""
+        limits = self._limits
+        moments_s = [
+            at_s + wait_s for at_s in self._asked_at_s.values() for wait_s in (limits.stagger_s, limits.slow_after_s)
+        ]
+        return min((moment_s for moment_s in moments_s if moment_s > now_s), default=math.inf)
 
     @property
     def is_finished(self) -> bool:
-        closest = self._closest()
-        if any(self._state(node) is _State.ASKED for node in closest):
-            return False
-        if self.num_requests < self._limits.max_requests:
-            if any(self._state(node) is _State.FRESH for node in closest):
-                return False
-            if len(closest) < self._limits.width:
-                return not any(state in (_State.ASKED, _State.SLOW) for state in self._states.values())
-        return True
+        states = [self._state(node) for node in self._heap]
+        if states.count(_State.ANSWERED) >= self._limits.quorum:
+            return True
+        may_ask = self.num_requests < self._limits.max_requests and _State.FRESH in states
+        is_waiting = any(state in (_State.ASKED, _State.SLOW) for state in self._states.values())
+        return not (may_ask or is_waiting)
 
     def closest_answered(self) -> list[Contact]:
         """Up to k contacts that answered, the closest first."""
-        return [node.contact for node in self._candidates if self._state(node) is _State.ANSWERED]
+        return [node.contact for node in self._heap if self._state(node) is _State.ANSWERED]
 
     def _meet(self, contact: Contact) -> bool:
-        """Takes up a contact not heard of before; True where none came closer yet."""
-        if contact.peer_id == self._own_peer_id or contact.peer_id in self._states:
+        """Takes up a contact not heard of before; True where it is the closest yet."""
+        if contact.peer_id in self._states:
             return False
         node = PeerNode(contact)
         self._states[contact.peer_id] = _State.FRESH
         self._nodes[contact.peer_id] = node
-        self._candidates.push(node)
+        self._heap.push(node)
         distance: int = self._target.distance_to(node)
         is_closest = distance < self._closest_distance
         self._closest_distance = min(distance, self._closest_distance)
         return is_closest
 
-    def _closest(self) -> list[PeerNode]:
-        return list(self._candidates)[: self._limits.width]
+    def _settle(self, peer_id: PeerId, state: _State) -> None:
+        self._states[peer_id] = state
+        self._asked_at_s.pop(peer_id, None)
+
+    def _room(self, now_s: float) -> int:
+        """How many more requests may begin now."""
+        limits = self._limits
+        num_under_way = len(self._asked_at_s)
+        num_recent = sum(at_s > now_s - limits.stagger_s for at_s in self._asked_at_s.values())
+        room = min(limits.alpha - num_recent, max(2 * limits.alpha, limits.quorum) - num_under_way)
+        if self._answers_without_gain < limits.alpha:
+            return room
+        num_answered = sum(self._state(node) is _State.ANSWERED for node in self._heap)
+        return max(room, limits.quorum - num_answered - num_under_way)
 
     def _state(self, node: PeerNode) -> _State:
         return self._states[node.contact.peer_id]
-
-    def _parallelism(self) -> int:
-        is_final = self._answers_without_gain >= self._limits.alpha
-        return max(self._limits.alpha, self._limits.width) if is_final else self._limits.alpha

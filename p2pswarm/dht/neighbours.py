@@ -5,6 +5,7 @@ Where to go from there is for `dht/walk.py`, `dht/node.py` and `dht/upkeep.py`.
 """
 
 import logging
+from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -15,7 +16,7 @@ from p2pswarm.core.ids import PeerId
 from p2pswarm.dht.background import Background
 from p2pswarm.dht.bad_peers import BadPeers
 from p2pswarm.dht.config import DhtConfig
-from p2pswarm.dht.contact import Contact, node_id_of, usable_addresses
+from p2pswarm.dht.contact import Contact, closest, node_id_of, usable_addresses
 from p2pswarm.dht.known_peers import KnownPeers
 from p2pswarm.dht.links import Links
 from p2pswarm.dht.messages import Envelope, FindNode, FoundNodes, Ping, Pong, Reply, Request
@@ -24,6 +25,8 @@ from p2pswarm.net.network import Network
 
 MAX_NEWCOMERS = 64
 """Waiting for records to be handed over; those beyond wait for the owners' renewals instead."""
+MAX_HEARD_OF = 1024
+"""Contacts that others named and we never asked: a lookup that starts from them saves a hop, which is worth a dial."""
 
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
@@ -43,6 +46,7 @@ class Neighbours:
         self.bad_peers = BadPeers(config.bad_peer_s, config.max_bad_peer_s)
         self.num_asked = 0
         self.num_unanswered = 0
+        self._heard_of: OrderedDict[PeerId, Contact] = OrderedDict()
         self._being_tested: set[PeerId] = set()
         self._newcomers: dict[PeerId, Contact] = {}
         self._changed = trio.Event()
@@ -58,7 +62,8 @@ class Neighbours:
 
     async def ask(self, contact: Contact, request: Request, wanted: type[ReplyT]) -> ReplyT | None:
         """The contact's answer; None where it gave none that makes sense, and is left alone for a while."""
-        self._network.add_addresses(contact.peer_id, contact.addresses)
+        if not self.links.is_open(contact.peer_id):
+            self._network.add_addresses(contact.peer_id, contact.addresses)
         self.num_asked += 1
         try:
             answer = await self.links.ask(contact.peer_id, request, self.own_addresses)
@@ -98,14 +103,26 @@ class Neighbours:
             self._newcomers[peer_id] = contact
             self._changed.set()
 
-    def usable(self, contacts: Iterable[Contact]) -> list[Contact]:
+    def hear_of(self, contacts: Iterable[Contact]) -> list[Contact]:
         """Those of a stranger's contacts that are worth asking: not ourselves, and not silent lately."""
         now_s = trio.current_time()
-        return [
-            contact
-            for contact in contacts
-            if contact.peer_id != self.own_peer_id and not self.bad_peers.is_bad(contact.peer_id, now_s)
-        ]
+        worth_asking = []
+        for contact in contacts:
+            if contact.peer_id != self.own_peer_id and not self.bad_peers.is_bad(contact.peer_id, now_s):
+                worth_asking.append(contact)
+                self._heard_of[contact.peer_id] = contact
+                self._heard_of.move_to_end(contact.peer_id)
+        while len(self._heard_of) > MAX_HEARD_OF:
+            self._heard_of.popitem(last=False)
+        return worth_asking
+
+    def closest_heard_of(self, target_id: bytes) -> list[Contact]:
+        """The k closest contacts that we know, or only know of: good to start from, not to be told to others."""
+        known = {contact.peer_id: contact for contact in self.table.closest(target_id, self._config.k)}
+        return closest({**self._heard_of, **known}.values(), target_id, self._config.k)
+
+    def connected_peers(self) -> frozenset[PeerId]:
+        return self._network.connected_peers
 
     async def wait_alone(self) -> None:
         """Returns while the table is empty."""
@@ -126,6 +143,7 @@ class Neighbours:
         self.num_unanswered += 1
         self.bad_peers.failed(peer_id, trio.current_time())
         self.table.remove(peer_id)
+        self._heard_of.pop(peer_id, None)
         if not len(self.table):
             self._changed.set()
 

@@ -161,7 +161,7 @@ class DhtNode:
         async def read_from(holder: Contact) -> Sequence[Contact] | None:
             return await self._read_from(holder, reading)
 
-        await self._walks.run(key_id_of(key), self._config.read_width, read_from)
+        await self._walks.run(key_id_of(key), self._config.read_quorum, read_from)
         return reading.records(self._clock.unix_time_s())
 
     def statistics(self) -> DhtStatistics:
@@ -192,7 +192,7 @@ class DhtNode:
                 has_gained |= reading.take(record, self._clock.unix_time_s())
             if not answer.has_more or not has_gained:
                 break
-        return self._neighbours.usable(contacts)
+        return self._neighbours.hear_of(contacts)
 
 
 def _is_among_closest(own_id: bytes, key_id: bytes, others: Sequence[Contact], k: int) -> bool:

@@ -27,19 +27,19 @@ class Walks:
         self._background = background
         self._config = config
 
-    async def find_closest(self, target_id: bytes, width: int) -> Sequence[Contact]:
-        """The `width` or more (up to k) living nodes closest to the target, ourselves excepted, the closest first."""
+    async def find_closest(self, target_id: bytes, quorum: int) -> Sequence[Contact]:
+        """Living nodes closest to the target, ourselves excepted, the closest first: all k, for a `quorum` of k."""
 
         async def ask_one(contact: Contact) -> Sequence[Contact] | None:
             answer = await self._neighbours.ask(contact, FindNode(target_id), FoundNodes)
-            return None if answer is None else self._neighbours.usable(answer.contacts)
+            return None if answer is None else self._neighbours.hear_of(answer.contacts)
 
-        return await self.run(target_id, width, ask_one)
+        return await self.run(target_id, quorum, ask_one)
 
-    async def run(self, target_id: bytes, width: int, ask_one: AskOne) -> Sequence[Contact]:
-        """Walks until the closest `width` living nodes have answered; returns those, and others that did, up to k."""
-        start = self._neighbours.table.closest(target_id, self._config.k)
-        lookup = Lookup(target_id, start, self._neighbours.own_peer_id, self._limits(width))
+    async def run(self, target_id: bytes, quorum: int, ask_one: AskOne) -> Sequence[Contact]:
+        """Walks until `quorum` of the k closest living nodes have answered; returns those that did."""
+        start = self._neighbours.closest_heard_of(target_id)
+        lookup = Lookup(target_id, start, self._limits(quorum), self._neighbours.connected_peers)
         walk = _Walk(lookup, ask_one)
         while True:
             lookup.advance(trio.current_time())
@@ -49,9 +49,15 @@ class Walks:
                 return lookup.closest_answered()
             await walk.wait_changed()
 
-    def _limits(self, width: int) -> LookupLimits:
-        config = self._config
-        return LookupLimits(config.k, config.alpha, width, config.max_requests_per_lookup, config.slow_after_s)
+    def _limits(self, quorum: int) -> LookupLimits:
+        return LookupLimits(
+            k=self._config.k,
+            alpha=self._config.alpha,
+            quorum=quorum,
+            max_requests=self._config.max_requests_per_lookup,
+            stagger_s=self._config.stagger_s,
+            slow_after_s=self._config.slow_after_s,
+        )
 
 
 class _Walk:
@@ -70,6 +76,6 @@ class _Walk:
 
     async def wait_changed(self) -> None:
         """Until an answer or a silence comes, or a request has become slow."""
-        with trio.move_on_at(self._lookup.wake_at_s):
+        with trio.move_on_at(self._lookup.wake_at_s(trio.current_time())):
             await self._changed.wait()
         self._changed = trio.Event()

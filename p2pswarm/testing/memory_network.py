@@ -17,10 +17,9 @@ import contextlib
 import random
 from collections.abc import AsyncIterator, Collection, Iterable
 
-import trio
-
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
+from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.net.config import DEFAULT_CONFIG, NetworkConfig
 from p2pswarm.net.identity import Identity
 from p2pswarm.testing.memory_connection import Link
@@ -51,7 +50,7 @@ class MemoryNetwork:
         if isinstance(identity, int):
             identity = Identity.generate(identity.to_bytes(32, "big"))
         transport = self._new_transport()
-        async with trio.open_nursery() as nursery:
+        async with open_transparent_nursery() as nursery:
             node = MemoryNode(self, identity, transport if listens else None, self._config, self._random, nursery)
             self._nodes[transport] = node
             await nursery.start(node.run)

@@ -1,0 +1,413 @@
+"""Many streams over one secured connection: `/p2pswarm/mux/1.0.0`, yamux's framing with rules of our own on top.
+
+Theory of operation. Three tasks own everything that touches the wire, and nobody ever cancels them one by one: a
+reader, a writer that sends all that has gathered since its last write in one go, and a keep-alive. Whoever opens,
+reads or writes a stream only changes memory and wakes them, so a caller may be cancelled at any moment without harm
+to the connection.
+
+What a peer can make us hold is bounded:
+
+- data: by each stream's window, which grows only out of a budget shared by the connection, and by a limit on the sum;
+- streams: by a number; more are refused, and ids may only rise, so that closed ones need no memory;
+- answers to it (pings, refusals): when too many wait, because it does not read, we stop reading from it;
+- window updates: one per stream at most waits, as a mark on the stream.
+
+Who breaks the rules gets a go-away with a code, and this connection ends; no other does. See
+`docs/protocol-transport.md`.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import trio
+
+from p2pswarm.core.errors import ConnectionLost, NetworkError, ProtocolViolation
+from p2pswarm.core.ids import PeerId, ProtocolId
+from p2pswarm.net.config import DEFAULT_CONFIG, NetworkConfig
+from p2pswarm.net.mux_frames import (
+    ACK,
+    FIN,
+    INITIAL_WINDOW_BYTES,
+    RST,
+    SYN,
+    Frame,
+    FrameParser,
+    FrameType,
+    GoAwayCode,
+    encode_header,
+)
+from p2pswarm.net.mux_stream import MuxStream
+
+MUX_PROTOCOL = ProtocolId("/p2pswarm/mux/1.0.0")
+
+MAX_QUEUED_BYTES = 256 * 1024
+"""Data that waits for the writer; more makes senders wait: a short message is never far behind a long one."""
+MAX_QUEUED_ANSWER_BYTES = 64 * 1024
+"""5,000 answers to pings and new streams. No honest peer lets so many gather unread."""
+WOKEN_WRITERS = 8
+"""Senders woken per batch: enough to fill the next one, without a thousand of them waking for nothing."""
+GOODBYE_TIMEOUT_S = 1.0
+"""What the peer gets to take our last bytes."""
+MAX_STREAM_ID = (1 << 32) - 1
+GRANT_SHARE = 16
+"""A new window takes one part in this many of the budget's rest: large for the first, fair to the last."""
+MAX_FIRST_GRANT_BYTES = 4 * 1024 * 1024
+ROUND_TRIPS_PER_WINDOW = 4
+"""A reader that empties the window faster than this many round trips is held back by it: it doubles."""
+MIN_ROUND_TRIP_S = 0.001
+MAX_ROUND_TRIP_AGE_S = 60.0
+"""A busy connection measures its round trip again after this long."""
+
+logger = logging.getLogger(__name__)
+
+
+class SecureTransport(Protocol):
+    """An authenticated, encrypted flow of bytes. Raises `ConnectionLost`; `ProtocolViolation` for forged bytes."""
+
+    async def read_some(self) -> bytes:
+        """What has arrived, at least one byte; `b""` at the end."""
+        ...
+
+    async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None: ...
+
+    async def close(self) -> None: ...
+
+
+class MuxConnection:
+    """One connection to one peer; `run` is its life."""
+
+    def __init__(
+        self, transport: SecureTransport, peer_id: PeerId, *, is_initiator: bool, config: NetworkConfig = DEFAULT_CONFIG
+    ) -> None:
+        self.peer_id = peer_id
+        self.round_trip_s: float | None = None
+        self._transport = transport
+        self._config = config
+        self._next_stream_id = 1 if is_initiator else 2
+        self._highest_peer_stream_id = 0
+        self._num_peer_streams = 0
+        self._streams: dict[int, MuxStream] = {}
+        self._unaccepted: deque[MuxStream] = deque()
+        self._acceptable = trio.Event()
+        self._end: str | None = None
+        self._ended = trio.Event()
+        self._scope = trio.CancelScope()
+        self._growth_left_bytes = config.max_receive_bytes_per_connection // 2
+        self._buffered_bytes = 0
+        # what waits for the writer
+        self._queue: list[bytes | memoryview] = []
+        self._queued_bytes = 0
+        self._answers = bytearray()
+        self._updates: dict[int, MuxStream] = {}
+        self._has_output = trio.Event()
+        self._waiting_for_room = trio.lowlevel.ParkingLot()
+        self._waiting_for_write = trio.lowlevel.ParkingLot()
+        self._is_writing = False
+        # keep-alive
+        self._last_received_s = trio.current_time()
+        self._ping_sent_s: float | None = None
+        self._ping_number = 0
+        self._round_trip_measured_s = -MAX_ROUND_TRIP_AGE_S
+
+    @property
+    def is_closed(self) -> bool:
+        return self._end is not None
+
+    @property
+    def num_streams(self) -> int:
+        return len(self._streams)
+
+    # Opening and accepting
+
+    async def open_stream(self) -> MuxStream:
+        """A new stream, usable at once: the peer learns of it with the first bytes. Raises `ConnectionLost`."""
+        self._raise_if_ended()
+        if self._next_stream_id > MAX_STREAM_ID:
+            raise ConnectionLost(f"the connection to {self.peer_id} has used up its stream ids", self.peer_id)
+        stream = self._new_stream(self._next_stream_id)
+        self._next_stream_id += 2
+        self._enqueue(encode_header(FrameType.WINDOW_UPDATE, SYN, stream.stream_id, _granted(stream)))
+        return stream
+
+    async def accept_stream(self) -> MuxStream | None:
+        """The next stream that the peer has opened; None when the connection has ended."""
+        await trio.lowlevel.checkpoint()
+        while not self._unaccepted:
+            if self._end is not None:
+                return None
+            if self._acceptable.is_set():
+                self._acceptable = trio.Event()
+            await self._acceptable.wait()
+        return self._unaccepted.popleft()
+
+    def _new_stream(self, stream_id: int) -> MuxStream:
+        growth = min(MAX_FIRST_GRANT_BYTES - INITIAL_WINDOW_BYTES, self._growth_left_bytes // GRANT_SHARE)
+        self._growth_left_bytes -= growth
+        stream = self._streams[stream_id] = MuxStream(self, stream_id, INITIAL_WINDOW_BYTES + growth)
+        return stream
+
+    # Life
+
+    async def run(self) -> None:
+        """Reads, writes and keeps alive until the connection ends, for whatever reason; raises only `Cancelled`."""
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._read)
+                    nursery.start_soon(self._write)
+                    nursery.start_soon(self._keep_alive)
+        finally:
+            self._finish("this node closed it")
+            with trio.move_on_after(GOODBYE_TIMEOUT_S, shield=True):
+                await self._transport.close()
+            self._ended.set()
+
+    async def close(self) -> None:
+        """Lets what is queued go out, says good-bye and ends the connection."""
+        with trio.CancelScope(shield=True):
+            await self._say_goodbye(GoAwayCode.NORMAL)
+            self._finish("it was closed here")
+            await self._ended.wait()
+
+    async def _say_goodbye(self, code: GoAwayCode) -> None:
+        """Gives what is queued, and a last frame, a moment to go out."""
+        self._enqueue(encode_header(FrameType.GO_AWAY, 0, 0, code))
+        with trio.move_on_after(GOODBYE_TIMEOUT_S):
+            while self._end is None and (self._is_writing or self._queue):
+                await self._waiting_for_write.park()
+
+    def _finish(self, why: str) -> None:
+        """The end: wakes everyone who waits for anything."""
+        if self._end is not None:
+            return
+        self._end = why
+        logger.debug("connection to %s ended: %s", self.peer_id, why)
+        self._scope.cancel()
+        for stream in list(self._streams.values()):
+            stream.break_off(f"the connection ended: {why}")
+        self._unaccepted.clear()
+        self._acceptable.set()
+        self._waiting_for_write.unpark_all()
+        self._waiting_for_room.unpark_all()
+
+    def _raise_if_ended(self) -> None:
+        if self._end is not None:
+            raise ConnectionLost(f"the connection to {self.peer_id} ended: {self._end}", self.peer_id)
+
+    # Writing
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                batch = self._take_output()
+                if not batch:
+                    self._waiting_for_room.unpark_all()
+                    self._has_output = trio.Event()
+                    await self._has_output.wait()
+                    continue
+                self._waiting_for_room.unpark(count=WOKEN_WRITERS)
+                self._is_writing = True
+                await self._transport.write_all(batch)
+                self._is_writing = False
+                self._waiting_for_write.unpark_all()
+        except NetworkError as error:
+            self._finish(str(error))
+
+    def _take_output(self) -> list[bytes | memoryview]:
+        batch: list[bytes | memoryview] = []
+        if self._answers:
+            batch.append(bytes(self._answers))
+            self._answers.clear()
+        if self._updates:
+            batch.extend(self._window_updates())
+        batch += self._queue
+        self._queue = []
+        self._queued_bytes = 0
+        return batch
+
+    def _window_updates(self) -> list[bytes]:
+        frames = []
+        for stream_id, stream in self._updates.items():
+            stream.receive_credit_bytes += stream.unacknowledged_bytes
+            frames.append(encode_header(FrameType.WINDOW_UPDATE, 0, stream_id, stream.unacknowledged_bytes))
+            stream.unacknowledged_bytes = 0
+        self._updates.clear()
+        return frames
+
+    def _enqueue(self, *buffers: bytes | memoryview) -> None:
+        self._queue += buffers
+        self._queued_bytes += sum(map(len, buffers))
+        self._has_output.set()
+
+    def has_room(self) -> bool:
+        return self._queued_bytes < MAX_QUEUED_BYTES
+
+    async def wait_room(self) -> None:
+        self._raise_if_ended()
+        await self._waiting_for_room.park()
+
+    def wake_waiting_for_room(self) -> None:
+        self._waiting_for_room.unpark_all()
+
+    # What streams ask for (`mux_stream.StreamOwner`)
+
+    def send_data(self, stream: MuxStream, data: bytes | memoryview) -> None:
+        self._enqueue(encode_header(FrameType.DATA, 0, stream.stream_id, len(data)), data)
+
+    def send_fin(self, stream: MuxStream) -> None:
+        self._enqueue(encode_header(FrameType.DATA, FIN, stream.stream_id, 0))
+
+    def send_reset(self, stream: MuxStream) -> None:
+        self._enqueue(encode_header(FrameType.WINDOW_UPDATE, RST, stream.stream_id, 0))
+
+    def consumed(self, stream: MuxStream, num_bytes: int) -> None:
+        if stream.stream_id not in self._streams:
+            return
+        self._buffered_bytes -= num_bytes
+        stream.unacknowledged_bytes += num_bytes
+        if stream.unacknowledged_bytes >= stream.receive_window_bytes // 2:
+            self._grow(stream)
+            self._updates[stream.stream_id] = stream
+            self._has_output.set()
+
+    def _grow(self, stream: MuxStream) -> None:
+        """Doubles the window of a stream that is read as fast as the peer may send."""
+        now_s = trio.current_time()
+        round_trip_s = max(self.round_trip_s or MIN_ROUND_TRIP_S, MIN_ROUND_TRIP_S)
+        is_held_back = now_s - stream.last_update_s < round_trip_s * ROUND_TRIPS_PER_WINDOW
+        stream.last_update_s = now_s
+        window_bytes = min(2 * stream.receive_window_bytes, self._config.max_stream_window_bytes)
+        growth = min(window_bytes - stream.receive_window_bytes, self._growth_left_bytes)
+        if is_held_back and growth > 0:
+            self._growth_left_bytes -= growth
+            stream.receive_window_bytes += growth
+            stream.unacknowledged_bytes += growth
+
+    def finished(self, stream: MuxStream) -> None:
+        if self._streams.pop(stream.stream_id, None) is None:
+            return
+        self._updates.pop(stream.stream_id, None)
+        self._buffered_bytes -= stream.buffered_bytes
+        self._growth_left_bytes += stream.receive_window_bytes - INITIAL_WINDOW_BYTES
+        if self._is_peers(stream.stream_id):
+            self._num_peer_streams -= 1
+
+    def _is_peers(self, stream_id: int) -> bool:
+        return stream_id % 2 != self._next_stream_id % 2
+
+    # Reading
+
+    async def _read(self) -> None:
+        parser = FrameParser()
+        try:
+            while data := await self._transport.read_some():
+                self._last_received_s = trio.current_time()
+                for frame in parser.feed(data):
+                    self._handle(frame)
+                while len(self._answers) > MAX_QUEUED_ANSWER_BYTES or self._queued_bytes > 2 * MAX_QUEUED_BYTES:
+                    await self._waiting_for_write.park()
+            self._finish("the peer closed it")
+        except ProtocolViolation as error:
+            logger.warning("%s broke the protocol, its connection is closed: %s", self.peer_id, error)
+            await self._say_goodbye(GoAwayCode.PROTOCOL_ERROR)
+            self._finish(f"the peer broke the protocol: {error}")
+        except NetworkError as error:
+            self._finish(str(error))
+
+    def _handle(self, frame: Frame) -> None:
+        match frame.type:
+            case FrameType.DATA | FrameType.WINDOW_UPDATE:
+                self._handle_stream_frame(frame)
+            case FrameType.PING:
+                self._handle_ping(frame)
+            case _:
+                raise ConnectionLost(f"the peer said good-bye with code {frame.length}", self.peer_id)
+
+    def _handle_ping(self, frame: Frame) -> None:
+        if frame.flags & SYN:
+            self._answer(encode_header(FrameType.PING, ACK, 0, frame.length))
+        elif frame.flags & ACK and self._ping_sent_s is not None and frame.length == self._ping_number:
+            now_s = trio.current_time()
+            self.round_trip_s = now_s - self._ping_sent_s
+            self._round_trip_measured_s = now_s
+            self._ping_sent_s = None
+
+    def _handle_stream_frame(self, frame: Frame) -> None:
+        if frame.flags & SYN:
+            self._handle_syn(frame.stream_id)
+        stream = self._streams.get(frame.stream_id)
+        if stream is None:
+            self._check_was_open(frame.stream_id)
+            return
+        if frame.type == FrameType.DATA:
+            stream.receive(frame.payload)
+            self._count_received(frame.length)
+        else:
+            stream.widen(frame.length)
+        if frame.flags & RST:
+            stream.break_off("the peer reset it")
+        elif frame.flags & FIN:
+            stream.peer_closes()
+
+    def _handle_syn(self, stream_id: int) -> None:
+        if not self._is_peers(stream_id) or stream_id <= self._highest_peer_stream_id:
+            raise ProtocolViolation(f"{self.peer_id} opened stream {stream_id}, an id not its to use", self.peer_id)
+        self._highest_peer_stream_id = stream_id
+        if (
+            self._num_peer_streams >= self._config.max_streams_per_connection
+            or len(self._unaccepted) >= self._config.max_unaccepted_streams
+        ):
+            self._answer(encode_header(FrameType.WINDOW_UPDATE, RST, stream_id, 0))
+            return
+        self._num_peer_streams += 1
+        stream = self._new_stream(stream_id)
+        self._answer(encode_header(FrameType.WINDOW_UPDATE, ACK, stream_id, _granted(stream)))
+        self._unaccepted.append(stream)
+        self._acceptable.set()
+
+    def _check_was_open(self, stream_id: int) -> None:
+        """What comes for a stream that was closed here is dropped; for one that never was, it is a violation."""
+        newest = self._highest_peer_stream_id if self._is_peers(stream_id) else self._next_stream_id - 2
+        if stream_id > newest:
+            raise ProtocolViolation(f"{self.peer_id} sent a frame for stream {stream_id}, never opened", self.peer_id)
+
+    def _count_received(self, num_bytes: int) -> None:
+        self._buffered_bytes += num_bytes
+        if self._buffered_bytes > self._config.max_receive_bytes_per_connection:
+            raise ProtocolViolation(f"{self._buffered_bytes} bytes wait unread, too much for one peer", self.peer_id)
+
+    def _answer(self, frame: bytes) -> None:
+        self._answers += frame
+        self._has_output.set()
+
+    # Keep-alive
+
+    async def _keep_alive(self) -> None:
+        config = self._config
+        self._ping()
+        while True:
+            await trio.sleep_until(self._next_check_s())
+            now_s = trio.current_time()
+            silence_s = now_s - self._last_received_s
+            if self._ping_sent_s is not None and now_s >= self._next_check_s():
+                self._finish(f"the peer gave no sign of life for {silence_s:.0f} s")
+            elif silence_s >= config.ping_interval_s or now_s - self._round_trip_measured_s >= MAX_ROUND_TRIP_AGE_S:
+                self._ping()
+
+    def _next_check_s(self) -> float:
+        if self._ping_sent_s is not None:
+            return max(self._ping_sent_s, self._last_received_s) + self._config.ping_timeout_s
+        return min(
+            self._last_received_s + self._config.ping_interval_s, self._round_trip_measured_s + MAX_ROUND_TRIP_AGE_S
+        )
+
+    def _ping(self) -> None:
+        self._ping_number = (self._ping_number + 1) & MAX_STREAM_ID
+        self._ping_sent_s = trio.current_time()
+        self._answer(encode_header(FrameType.PING, SYN, 0, self._ping_number))
+
+
+def _granted(stream: MuxStream) -> int:
+    return stream.receive_window_bytes - INITIAL_WINDOW_BYTES

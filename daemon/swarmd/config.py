@@ -1,0 +1,199 @@
+"""What a node is told by its operator: command-line flags and a TOML file become one frozen config, checked once, here.
+
+A key of the TOML file is the flag's name without its dashes. Flags win over the file; a key that is not known is
+refused. `swarmd/__main__.py` declares the flags and their help, `docs/reference-swarmd.md` tells what each is for.
+"""
+
+import difflib
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from p2pswarm.core.errors import ConfigError
+from p2pswarm.core.span import Span
+from p2pswarm.net.addresses import split_peer_address
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MAX_PORT = 65535
+MAX_NAME_LETTERS = 128
+"""What an announcement may carry (`wire/server_info.py`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeConfig:
+    """What every node needs: where to listen, who it is, whom to ask."""
+
+    peers: tuple[str, ...] = ()
+    """Multiaddrs of nodes of the swarm to join; empty starts a new swarm."""
+    host: str | None = None
+    """IP address to listen on; None: every interface, IPv4 and IPv6."""
+    port: int = 0
+    """TCP port to listen on; 0: any free one."""
+    identity: Path | None = None
+    """File of the node's key; None: the first one in the user's data folder that no other node is using."""
+    json: bool = False
+    """Whether lifecycle events go to stdout as JSON, one a line."""
+    log_level: str = "warning"
+
+    def __post_init__(self) -> None:
+        for address in self.peers:
+            split_peer_address(address)
+        _check(0 <= self.port <= MAX_PORT, "port", f"a TCP port from 0 (any free one) to {MAX_PORT}", self.port)
+        _check(self.log_level in LOG_LEVELS, "log_level", f"one of {', '.join(LOG_LEVELS)}", self.log_level)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig(NodeConfig):
+    """What a server of model blocks needs."""
+
+    model: str
+    """Folder, hub id or `.gguf` file."""
+    blocks: Span | None = None
+    num_blocks: int | None = None
+    """How many blocks to serve, where the swarm needs them most; with `blocks` None too: as many as fit."""
+    dtype: str = "auto"
+    device: str = "auto"
+    threads: int | None = None
+    """Of torch; None: one per physical core."""
+    name: str = ""
+    """Shown to people beside the peer id."""
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    """For gated models of the hub."""
+    cache_dir: Path | None = None
+    max_length: int | None = None
+    """Longest session accepted, in tokens; None: what the model was made for, if the KV cache holds it."""
+    cache_tokens: int | None = None
+    """Tokens of KV cache for all sessions together; None: what fits in a part of the free memory."""
+    grace_period_s: float = 10.0
+    """How long running sessions may go on once the server was asked to stop."""
+
+    def __post_init__(self) -> None:
+        NodeConfig.__post_init__(self)
+        _check(bool(self.model), "model", "a folder, a hub id or a .gguf file", self.model)
+        if self.blocks is not None and self.num_blocks is not None:
+            raise ConfigError(f"give --blocks or --num-blocks, not both (got {self.blocks} and {self.num_blocks})")
+        for name in ("num_blocks", "threads", "max_length", "cache_tokens"):
+            value = getattr(self, name)
+            _check(value is None or value >= 1, name, "a whole number from 1", value)
+        _check(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
+        _check(0 <= self.grace_period_s < float("inf"), "grace_period_s", "seconds from 0", self.grace_period_s)
+        _check(
+            len(self.name) <= MAX_NAME_LETTERS and self.name.isprintable(),
+            "name",
+            f"up to {MAX_NAME_LETTERS} printable letters",
+            self.name,
+        )
+
+
+def _check(is_fine: bool, name: str, wanted: str, got: object) -> None:
+    if not is_fine:
+        raise ConfigError(f"{_key(name)}: wanted {wanted}, got {got!r}")
+
+
+def _key(name: str) -> str:
+    """How the operator writes a setting."""
+    return name.removesuffix("_s").replace("_", "-")
+
+
+Config = TypeVar("Config", bound=NodeConfig)
+
+
+def read_config(kind: type[Config], flags: Mapping[str, object], path: Path | None = None) -> Config:
+    """The config of `kind` from the flags that were given, on top of those in the TOML file at `path`."""
+    settings: dict[str, object] = {} if path is None else _read_toml(kind, path)
+    settings |= flags
+    if kind is ServerConfig and "model" not in settings:
+        raise ConfigError("which model? Give a folder, a hub id or a .gguf file (or `model` in the --config file)")
+    return kind(**{name: READERS[name](name, value) for name, value in settings.items()})
+
+
+def _read_toml(kind: type[NodeConfig], path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as file:
+            written = tomllib.load(file)
+    except OSError as error:
+        raise ConfigError(f"cannot read the config file {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the config file {path} is not TOML: {error}") from error
+    known = {_key(setting.name): setting.name for setting in fields(kind)}
+    for key in written:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            raise ConfigError(f"{path}: unknown key {key!r}{hint}; known are {', '.join(sorted(known))}")
+    return {known[key]: value for key, value in written.items()}
+
+
+def _text(name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise _wrong_kind(name, "text", value)
+    return value
+
+
+def _whole_number(name: str, value: object) -> int:
+    if isinstance(value, str) and value.strip().lstrip("-").isdecimal():
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise _wrong_kind(name, "a whole number", value)
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    try:
+        if isinstance(value, str | int | float) and not isinstance(value, bool):
+            return float(value)
+    except ValueError:
+        pass
+    raise _wrong_kind(name, "a number", value)
+
+
+def _truth(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong_kind(name, "true or false", value)
+    return value
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise _wrong_kind(name, "a list of texts", value)
+    return tuple(value)
+
+
+def _path(name: str, value: object) -> Path:
+    return Path(_text(name, value)).expanduser()
+
+
+def _span(name: str, value: object) -> Span:
+    return Span.parse(_text(name, value))
+
+
+def _wrong_kind(name: str, wanted: str, value: object) -> ConfigError:
+    return ConfigError(f"{_key(name)}: wanted {wanted}, got {value!r}")
+
+
+READERS: Mapping[str, Callable[[str, object], Any]] = {
+    "peers": _texts,
+    "host": _text,
+    "port": _whole_number,
+    "identity": _path,
+    "json": _truth,
+    "log_level": _text,
+    "model": _text,
+    "blocks": _span,
+    "num_blocks": _whole_number,
+    "dtype": _text,
+    "device": _text,
+    "threads": _whole_number,
+    "name": _text,
+    "revision": _text,
+    "token": _text,
+    "cache_dir": _path,
+    "max_length": _whole_number,
+    "cache_tokens": _whole_number,
+    "grace_period_s": _number,
+}
+"""How a setting's value is read, from a flag (text, a list of texts, or True) or from TOML (anything)."""

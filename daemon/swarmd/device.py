@@ -1,0 +1,87 @@
+"""Which device a server computes on, in which dtype, and with how many threads. Facts in, decision out; torch only
+answers.
+
+The default dtype is the checkpoint's, with two exceptions: float16 becomes float32 on a CPU (few CPUs compute in it,
+torch's kernels for it are slow or missing), bfloat16 becomes float16 on MPS (Apple's GPUs lack it). bfloat16 stays
+bfloat16 on a CPU: half the memory to read a token, and the bits that the checkpoint has.
+"""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from p2pswarm.core.errors import ConfigError
+
+DTYPE_OF_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
+DEVICE_KINDS = ("cuda", "mps", "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeChoice:
+    dtype: torch.dtype
+    warning: str | None = None
+    """For the operator, when he did not get what he asked for."""
+
+
+def find_device(wanted: str = "auto") -> torch.device:
+    """The device asked for, or the best one there is: CUDA, then MPS, then the CPU. Raises `ConfigError`."""
+    there = [kind for kind in DEVICE_KINDS if _has(kind)]
+    if wanted == "auto":
+        return torch.device(there[0])
+    try:
+        device = torch.device(wanted)
+    except RuntimeError as error:
+        raise ConfigError(f"device: wanted auto, cpu, cuda, cuda:N or mps, got {wanted!r}") from error
+    if device.type not in there:
+        raise ConfigError(f"device: this machine (with this torch) has {', '.join(there)}, got {wanted!r}")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ConfigError(f"device: this machine has {torch.cuda.device_count()} CUDA devices, got {wanted!r}")
+    return device
+
+
+def _has(kind: str) -> bool:
+    match kind:
+        case "cuda":
+            return torch.cuda.is_available()
+        case "mps":
+            return torch.backends.mps.is_available()
+    return True
+
+
+def choose_dtype(
+    wanted: str, checkpoint_dtype: torch.dtype, device_kind: str, *, cuda_has_bfloat16: bool = True
+) -> DtypeChoice:
+    """The dtype to compute in. Raises `ConfigError` for what was asked for by name and cannot work."""
+    dtype = checkpoint_dtype if wanted == "auto" else DTYPE_OF_NAME[wanted]
+    if dtype not in NAME_OF_DTYPE:
+        dtype = torch.float32
+    match device_kind, dtype:
+        case "cpu", torch.float16 if wanted == "auto":
+            return DtypeChoice(torch.float32)
+        case "cpu", torch.float16:
+            raise ConfigError("dtype: float16 does not work on a CPU: use --dtype float32 or --dtype bfloat16")
+        case "mps", torch.bfloat16:
+            return DtypeChoice(torch.float16, "bfloat16 does not work on MPS: computing in float16")
+        case "cuda", torch.bfloat16 if not cuda_has_bfloat16:
+            if wanted == "auto":
+                return DtypeChoice(torch.float16, "this GPU has no bfloat16: computing in float16")
+            raise ConfigError("dtype: this GPU has no bfloat16: use --dtype float16 or --dtype float32")
+    return DtypeChoice(dtype)
+
+
+def free_memory_bytes(device: torch.device) -> int:
+    """What the device could still hold; on MPS and CPU, what the machine could."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free
+    return psutil.virtual_memory().available
+
+
+def set_threads(threads: int | None) -> None:
+    """Called on the thread that computes: torch works with so many threads.
+
+    The default is one per physical core: two that share a core's arithmetic units only wait for each other.
+    """
+    torch.set_num_threads(threads or psutil.cpu_count(logical=False) or 1)

@@ -1,0 +1,85 @@
+"""What happens to a node, told as it happens: to people in short lines, to programs (`--json`) as one JSON object a
+line.
+
+The events and their fields are listed in `docs/reference-swarmd.md`; what is not an event of the node's life is
+logging.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, TextIO
+
+from p2pswarm.core.clock import Clock
+
+
+class Events(Protocol):
+    """Takes note of an event; never raises, never waits."""
+
+    def __call__(self, event: str, **fields: object) -> None: ...
+
+
+class JsonEvents:
+    """Each event as `{"event": ..., "unix_time_s": ..., <fields>}` on a line of its own."""
+
+    def __init__(self, stream: TextIO, clock: Clock) -> None:
+        self._lines = Lines(stream)
+        self._clock = clock
+
+    def __call__(self, event: str, **fields: object) -> None:
+        self._lines.write(json.dumps({"event": event, "unix_time_s": round(self._clock.unix_time_s(), 3)} | fields))
+
+
+class PlainEvents:
+    """Each event that an operator cares about as a sentence; the others are left out."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._lines = Lines(stream)
+
+    def __call__(self, event: str, **fields: object) -> None:
+        sentence = SENTENCES.get(event)
+        if sentence is not None:
+            self._lines.write(sentence(fields))
+
+
+class Lines:
+    """Writes lines at once, and stops writing, without a word, when the reader has gone: a server outlives its
+    terminal.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream: TextIO | None = stream
+
+    def write(self, line: str) -> None:
+        if self._stream is None:
+            return
+        try:
+            self._stream.write(line + "\n")
+            self._stream.flush()
+        except (OSError, ValueError):  # the pipe is broken, or the stream was closed
+            self._stream = None
+
+
+def _ready(fields: Mapping[str, Any]) -> str:
+    what = f"serving blocks {fields['blocks']} of {fields['num_model_blocks']} of {fields['model']}"
+    how = f"{fields['dtype']} on {fields['device']}, {fields['start_s']:.1f} s after start"
+    return f"{what}\n  as {fields['peer_id']} ({how})\n  others join with: {fields['join_command']}"
+
+
+def _swarm_lost(fields: Mapping[str, Any]) -> str:
+    return "no other node of the swarm answers any more: asking again until one does"
+
+
+SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "warning": lambda fields: f"warning: {fields['message']}",
+    "joined": lambda fields: f"joined the swarm: {fields['num_peers']} nodes known",
+    "join_failed": lambda fields: f"none of the given peers answers yet: {fields['message']}",
+    "loading": lambda fields: f"loading {fields['model']}: blocks {fields['blocks']}, {fields['dtype']}",
+    "ready": _ready,
+    "swarm_lost": _swarm_lost,
+    "swarm_found": lambda fields: f"back in the swarm: {fields['num_peers']} nodes known",
+    "draining": lambda fields: (
+        f"stopping: {fields['num_sessions']} sessions may take {fields['grace_period_s']:g} s to end"
+    ),
+    "stopped": lambda fields: "stopped",
+    "error": lambda fields: f"error: {fields['message']}",
+}

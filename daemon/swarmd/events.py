@@ -60,6 +60,8 @@ class Lines:
 
 
 def _ready(fields: Mapping[str, Any]) -> str:
+    if "model" not in fields:
+        return "\n".join([f"helping nodes to find each other, as {fields['peer_id']}, at", *fields["addresses"]])
     what = f"serving blocks {fields['blocks']} of {fields['num_model_blocks']} of {fields['model']}"
     how = f"{fields['dtype']} on {fields['device']}, {fields['start_s']:.1f} s after start"
     return f"{what}\n  as {fields['peer_id']} ({how})\n  others join with: {fields['join_command']}"

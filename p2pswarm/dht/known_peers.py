@@ -44,6 +44,12 @@ class KnownPeers:
         if len(self._contacts) > MAX_KNOWN_PEERS:
             self._contacts.popitem(last=False)
 
+    def asked_us(self, contact: Contact) -> None:
+        """Notes a contact that says it serves; it never takes the place of one that answered."""
+        if contact.peer_id not in self._contacts and len(self._contacts) < MAX_KNOWN_PEERS:
+            self._contacts[contact.peer_id] = contact
+            self._contacts.move_to_end(contact.peer_id, last=False)
+
     def contacts(self) -> list[Contact]:
         """The latest first."""
         return list(reversed(self._contacts.values()))

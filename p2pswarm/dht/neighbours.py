@@ -27,6 +27,8 @@ MAX_NEWCOMERS = 64
 """Waiting for records to be handed over; those beyond wait for the owners' renewals instead."""
 MAX_HEARD_OF = 1024
 """Contacts that others named and we never asked: a lookup that starts from them saves a hop, which is worth a dial."""
+OWN_ADDRESSES_S = 15.0
+"""How long our addresses are taken for true: finding them means asking the system for its interfaces."""
 
 ReplyT = TypeVar("ReplyT", bound=Reply)
 
@@ -47,6 +49,8 @@ class Neighbours:
         self.num_asked = 0
         self.num_unanswered = 0
         self._heard_of: OrderedDict[PeerId, Contact] = OrderedDict()
+        self._own_addresses: tuple[str, ...] = ()
+        self._own_addresses_until_s = 0.0
         self._being_tested: set[PeerId] = set()
         self._newcomers: dict[PeerId, Contact] = {}
         self._changed = trio.Event()
@@ -58,7 +62,10 @@ class Neighbours:
     @property
     def own_addresses(self) -> tuple[str, ...]:
         """What we tell others of where we are; nothing when we do not serve."""
-        return usable_addresses(self._network.peer_id, self._network.addresses) if self._config.serve else ()
+        if self._config.serve and trio.current_time() >= self._own_addresses_until_s:
+            self._own_addresses = usable_addresses(self._network.peer_id, self._network.addresses)
+            self._own_addresses_until_s = trio.current_time() + OWN_ADDRESSES_S
+        return self._own_addresses
 
     async def ask(self, contact: Contact, request: Request, wanted: type[ReplyT]) -> ReplyT | None:
         """The contact's answer; None where it gave none that makes sense, and is left alone for a while."""
@@ -95,6 +102,7 @@ class Neighbours:
         if not envelope.sender_addresses:
             return
         contact = Contact(peer_id, envelope.sender_addresses)
+        self._known.asked_us(contact)
         is_new = peer_id not in self.table
         in_the_way = self.table.seen(contact)
         if in_the_way is not None:

@@ -93,6 +93,11 @@ class DhtNode:
         """Whether others may find us and store with us: only where they can dial us."""
         return self._config.serve
 
+    @property
+    def num_contacts(self) -> int:
+        """Serving nodes that we know and that answered, or asked us something, when last heard of."""
+        return len(self._neighbours.table)
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves others and keeps house, until cancelled."""
         async with trio.open_nursery() as nursery:

@@ -10,11 +10,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random, SystemRandom
 
-import trio
-
 from p2pswarm.core.clock import Clock
 from p2pswarm.core.errors import MalformedMessage
 from p2pswarm.core.ids import ModelId, PeerId
+from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.dht.node import DhtNode
 from p2pswarm.dht.record import SignedRecord
@@ -60,7 +59,7 @@ class Directory:
     async def watch(self, model_id: ModelId, period_s: float = DEFAULT_PERIOD_S) -> AsyncIterator[ModelView]:
         """A view of the model's servers that has had its first look, and stays true until the context is left."""
         view = ModelView(model_id, self._dht, self._clock, self._random, period_s)
-        async with trio.open_nursery() as nursery:
+        async with open_transparent_nursery() as nursery:
             await nursery.start(view.run)
             yield view
             nursery.cancel_scope.cancel()

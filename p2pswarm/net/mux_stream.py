@@ -94,8 +94,6 @@ class MuxStream:
             has_waited = True
         if not has_waited:
             await trio.lowlevel.cancel_shielded_checkpoint()
-        if not self._peer_closed:
-            self._raise_if_broken()
         return self._take(max_bytes)
 
     def _take(self, max_bytes: int) -> bytes:
@@ -167,16 +165,15 @@ class MuxStream:
     def reset(self) -> None:
         if not self.is_finished:
             self._owner.send_reset(self)
+        self._pieces.clear()
         self._peer_closed = False
         self.break_off("it was reset here")
 
     def break_off(self, why: str) -> None:
-        """It is over: whoever waits gets `ConnectionLost`. What came before the peer's FIN stays readable."""
+        """It is over: whoever waits gets `ConnectionLost`. What came before stays readable."""
         if self._error is not None:
             return
         self._error = why
-        if not self._peer_closed:
-            self._pieces.clear()
         self._readable.set()
         self._writable.set()
         if self._waits_for_room:

@@ -29,7 +29,7 @@ class Stream(Protocol):
     async def read(self, max_bytes: int = 1 << 20) -> bytes:
         """Up to `max_bytes`, at least one byte; `b""` when the peer has closed its side.
 
-        Raises `ConnectionLost` when the stream was reset or the connection ended.
+        Raises `ConnectionLost` when the stream was reset or the connection ended; what came before that is read first.
         """
         ...
 

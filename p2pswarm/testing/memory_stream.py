@@ -78,8 +78,6 @@ class MemoryStream:
                 return b""
             self._raise_if_broken()
             await self._wait()
-        if not self._peer_closed:
-            self._raise_if_broken()
         return self._take(max_bytes)
 
     def _take(self, max_bytes: int) -> bytes:
@@ -139,15 +137,14 @@ class MemoryStream:
     def reset(self) -> None:
         if self._error is None and not (self._write_closed and self._peer_closed):
             self._carrier.transmit(HEADER_BYTES, partial(self.twin.break_off, "the peer reset it"))
+        self._received.clear()
         self._peer_closed = False
         self.break_off("reset here")
 
     def break_off(self, why: str) -> None:
-        """The stream is over; what the peer sent before it closed its side stays readable."""
+        """The stream is over; what came before stays readable."""
         if self._error is None:
             self._error = why
-            if not self._peer_closed:
-                self._received.clear()
             self._wake()
             self._carrier.forget(self)
 

@@ -74,4 +74,9 @@ def _step_input(call: BlocksCall) -> StepInput:
     mask = None if call.attention_mask is None else call.attention_mask[:, -num_tokens:]
     if mask is not None and bool(mask.all()):
         mask = None
-    return StepInput(call.hidden_states, call.position, mask, call.position_ids, call.beam_indices)
+    return StepInput(call.hidden_states, call.position, mask, _long(call.position_ids), _long(call.beam_indices))
+
+
+def _long(indices: torch.Tensor | None) -> torch.Tensor | None:
+    """As they travel; beam search makes int32."""
+    return None if indices is None else indices.to(torch.int64)

@@ -37,14 +37,19 @@ def generate_in_session(
     """What transformers' `generate` returns: `inputs`, the new tokens, and what follows them. Blocking."""
     before = session.history
     text = text_so_far(session, inputs, options.pop("attention_mask", None))
-    cached = min(session.position, before.length if before is not None else 0, text.length - 1)
-    cache = SwarmCache()
-    cache.position = cached
-    session.history = None  # until it is known how far this generation came
-    result = generate(text.token_ids, attention_mask=text.attention_mask, past_key_values=cache, **options)
+    if options.get("use_cache", True):
+        options["past_key_values"] = cache = SwarmCache()
+        cache.position = min(session.position, before.length if before is not None else 0, text.length - 1)
+    try:
+        result = generate(text.token_ids, attention_mask=text.attention_mask, **options)
+    except BaseException:
+        session.go_back_to(before)
+        raise
     sequences = result if isinstance(result, torch.Tensor) else result.sequences
-    if sequences.shape[0] == text.num_rows == session.num_rows:
+    if sequences.shape[0] == text.num_rows and session.num_rows in (None, text.num_rows):
         session.history = text.followed_by(sequences[:, text.length :])
+    else:
+        session.history = None
     if before is None:
         return result
     new = sequences[:, before.length :]
@@ -157,7 +162,7 @@ class GeneratingSession(Session):
                 try:
                     await trio.to_thread.run_sync(self._generate, inputs, {**options, "streamer": feed})
                 except GenerationStopped:
-                    self.history = text.followed_by(torch.tensor([taken], dtype=text.token_ids.dtype))
+                    self.go_back_to(text.followed_by(torch.tensor([taken], dtype=text.token_ids.dtype)))
                 except Exception as error:  # noqa: BLE001  # nothing is lost: raised where the tokens are read
                     failures.append(error)
             feed.close()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 import trio
@@ -12,11 +13,21 @@ from p2pswarm.core.errors import MissingBlocksError, NetworkError, RemoteError, 
 from p2pswarm.core.ids import ModelId, PeerId, SessionId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
-from p2pswarm.directory.view import ModelView
 from p2pswarm.net.network import Network
 from p2pswarm.routing.planner import Planner, RouteRequest
 from p2pswarm.routing.route import Route, short_peers
 from p2pswarm.rpc.client import RpcClient
+
+
+class ServerView(Protocol):
+    """Who is announced for the model; `directory.view.ModelView` is the live one."""
+
+    @property
+    def servers(self) -> Mapping[PeerId, ServerInfo]: ...
+
+    async def refresh(self) -> None:
+        """Asks the swarm now."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +49,7 @@ class ModelServers:
     def __init__(
         self,
         facts: ModelFacts,
-        view: ModelView,
+        view: ServerView,
         planner: Planner,
         network: Network,
         rpc: RpcClient,

@@ -57,6 +57,11 @@ class Session:
         if self.history is not None:
             self.history = self.history.cropped(position) if position else None
 
+    def go_back_to(self, history: TokenHistory | None) -> None:
+        """Forgets all but these tokens, which are the first ones of what has been run."""
+        self.history = history
+        self._position = min(self._position, history.length if history is not None else 0)
+
     @property
     def route(self) -> Route | None:
         """Its servers; None before the first step."""

@@ -35,6 +35,10 @@ from p2pswarm.routing.shortest_path import ShortestPathPlanner
 from p2pswarm.rpc.client import RpcClient
 
 
+FIND_AGAIN_AFTER_S = 1.0
+"""A server that started together with this client has announced itself by then."""
+
+
 class Swarm:
     """Models over the swarm that a client has joined; made by `open_swarm`."""
 
@@ -106,7 +110,8 @@ class Swarm:
         view: ModelView = await self.membership.nursery.start(watch)
         with trio.move_on_after(config.find_timeout_s):
             while not view.servers:
-                await view.wait_changed()
+                await trio.sleep(FIND_AGAIN_AFTER_S)
+                await view.refresh()
         if not view.servers:
             models = sorted(await self.directory.models())
             announced = f"announced are {', '.join(models)}" if models else "no model at all is announced"

@@ -1,0 +1,246 @@
+"""A session's hidden states are the local model's, wherever its position went; failures are told, not hidden."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import trio
+
+from p2pswarm.client.chain import StepInput
+from p2pswarm.client.config import ClientConfig
+from p2pswarm.core.errors import (
+    BadAnswer,
+    ConfigError,
+    ConnectionLost,
+    DeadlineExceeded,
+    MissingBlocksError,
+    ServerBusy,
+    SessionClosed,
+)
+from p2pswarm.core.server_info import ServerState
+from p2pswarm.core.span import Span
+from p2pswarm.wire.messages import Codec
+
+FIRST, MIDDLE, LAST = Span(0, 3), Span(3, 4), Span(4, 8)
+HIDDEN_SIZE = 64
+
+
+def states(num_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(batch_size, num_tokens, HIDDEN_SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def local_blocks(world, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The local model's blocks over the whole sequence; the last block's output, before the final norm."""
+    taken = []
+    hook = world.local.model.norm.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    world.local(inputs_embeds=hidden_states, use_cache=False)
+    hook.remove()
+    return taken[0]
+
+
+async def test_steps_and_going_back_agree_with_the_local_model(open_world) -> None:
+    x = states(12)
+    async with open_world() as world, world.model.session(max_length=20) as session:
+        parts = [await session.step(StepInput(x[:, :8], 0)), await session.step(StepInput(x[:, 8:9], 8))]
+        torch.testing.assert_close(torch.cat(parts, 1), local_blocks(world, x[:, :9]), rtol=1e-4, atol=1e-5)
+        session.position = 5
+        tail = await session.step(StepInput(x[:, 5:12], session.position))
+        torch.testing.assert_close(tail, local_blocks(world, x)[:, 5:], rtol=1e-4, atol=1e-5)
+        assert session.position == 12
+
+
+async def test_room_is_taken_for_the_session_and_given_back(open_world) -> None:
+    async with open_world() as world:
+        async with world.model.session(max_length=20) as session:
+            await session.step(StepInput(states(3, batch_size=2), 0))
+            assert [budget.tokens_left for budget in world.budgets.values()] == [960, 960, 960]
+            assert [str(hop.span) for hop in session.route.hops] == ["0:3", "3:4", "4:8"]
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert world.have_all_tokens_back()
+
+
+async def test_two_sessions_at_once_do_not_mix(open_world) -> None:
+    async with (
+        open_world() as world,
+        world.model.session(max_length=9) as one,
+        world.model.session(max_length=9) as two,
+    ):
+        x, y = states(4, seed=1), states(4, seed=2)
+        for position in range(4):
+            step = slice(position, position + 1)
+            got_x = await one.step(StepInput(x[:, step], position))
+            got_y = await two.step(StepInput(y[:, step], position))
+        torch.testing.assert_close(got_x, local_blocks(world, x)[:, 3:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got_y, local_blocks(world, y)[:, 3:], rtol=1e-4, atol=1e-5)
+
+
+async def test_starting_over_may_change_the_batch_size(open_world) -> None:
+    async with open_world() as world, world.model.session(max_length=9) as session:
+        await session.step(StepInput(states(3), 0))
+        with pytest.raises(ConfigError, match="holds 1 sequences, the step has 2"):
+            await session.step(StepInput(states(1, batch_size=2), 3))
+        session.position = 0
+        x = states(3, batch_size=2)
+        got = await session.step(StepInput(x, 0))
+        torch.testing.assert_close(got, local_blocks(world, x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "complaint"),
+    [
+        (StepInput(torch.zeros(1, 3, 32), 0), r"a step takes hidden states \[batch, tokens, 64\], got \[1, 3, 32\]"),
+        (StepInput(torch.zeros(1, 3, 64), 1), "at position 0, a step cannot start at 1"),
+        (StepInput(torch.zeros(1, 21, 64), 0), "more than the session's max_length 20"),
+    ],
+)
+async def test_wrong_steps_are_refused_here_and_harm_nothing(open_world, step: StepInput, complaint: str) -> None:
+    async with open_world() as world, world.model.session(max_length=20) as session:
+        with pytest.raises(ConfigError, match=complaint):
+            await session.step(step)
+        await session.step(StepInput(states(3), 0))
+
+
+async def test_position_only_goes_back(open_world) -> None:
+    async with open_world() as world, world.model.session(max_length=20) as session:
+        await session.step(StepInput(states(3), 0))
+        with pytest.raises(ConfigError, match="0 to 3, got 4"):
+            session.position = 4
+
+
+async def test_lost_server_is_named_the_session_is_broken_and_a_new_one_goes_round_it(open_world) -> None:
+    spare = Span(2, 8)
+    async with open_world(spans=(FIRST, MIDDLE, LAST, spare)) as world:
+        world.view.servers[world.peer_of(spare)] = replace(
+            world.view.servers[world.peer_of(spare)], inference_tokens_per_s=1.0
+        )
+        async with world.model.session(max_length=20) as session:
+            x = states(3)
+            await session.step(StepInput(x, 0))
+            lost = world.peer_of(MIDDLE)
+            world.memory.kill(lost)
+            with pytest.raises(ConnectionLost, match=f"blocks 3:4 at {lost}") as error:
+                await session.step(StepInput(states(1), 3))
+            assert error.value.peer_id == lost
+            with pytest.raises(SessionClosed, match="broken: blocks 3:4 at"):
+                await session.step(StepInput(states(1), 3))
+        async with world.model.session(max_length=20) as session:
+            got = await session.step(StepInput(x, 0))
+            torch.testing.assert_close(got, local_blocks(world, x), rtol=1e-4, atol=1e-5)
+            assert [str(hop.span) for hop in session.route.hops] == ["0:3", "3:4", "4:8"]
+            assert session.route.hops[1].peer_id == world.peer_of(spare)
+
+
+async def test_hung_server_costs_the_step_timeout_and_is_named(open_world) -> None:
+    config = ClientConfig(known_peers_path=None, step_timeout_s=0.3, step_timeout_per_token_s=0.0)
+    async with open_world(config=config) as world, world.model.session(max_length=20) as session:
+        await session.step(StepInput(states(3), 0))
+        world.memory.hang(world.peer_of(LAST))
+        with trio.fail_after(5), pytest.raises(DeadlineExceeded, match="blocks 4:8 at"):
+            await session.step(StepInput(states(1), 3))
+
+
+async def test_server_without_room_is_gone_round_without_a_ban(open_world) -> None:
+    async with open_world(spans=(FIRST, FIRST, MIDDLE, LAST)) as world:
+        full, other = (peer_id for peer_id, info in world.view.servers.items() if info.span == FIRST)
+        world.view.servers[other] = replace(world.view.servers[other], inference_tokens_per_s=50.0)
+        reservation = world.budgets[full].reserve(990, FIRST.num_blocks)
+        async with world.model.session(max_length=20) as session:
+            await session.step(StepInput(states(3), 0))
+            assert session.route.hops[0].peer_id == other
+        world.budgets[full].release(reservation)
+        async with world.model.session(max_length=20) as session:
+            await session.step(StepInput(states(3), 0))
+            assert session.route.hops[0].peer_id == full
+
+
+async def test_swarm_that_is_full_says_so(open_world) -> None:
+    async with open_world() as world, world.model.session(max_length=20) as session:
+        world.budgets[world.peer_of(MIDDLE)].reserve(990, 1)
+        with pytest.raises(MissingBlocksError, match=r"no server for blocks 3:4 .*no room for 20 tokens") as error:
+            await session.step(StepInput(states(3), 0))
+        assert isinstance(error.value.__cause__, ServerBusy)
+
+
+async def test_missing_blocks_are_asked_for_once_more_and_then_named_with_who_was_asked(open_world) -> None:
+    async with open_world(spans=(FIRST, LAST)) as world, world.model.session(max_length=20) as session:
+        await world.model.servers.measure_round_trips()
+        with pytest.raises(MissingBlocksError, match=r"no server for blocks 3:4 of 0:8; asked: …\w+, …\w+$") as error:
+            await session.step(StepInput(states(3), 0))
+        assert error.value.missing == ((3, 4),)
+        assert world.view.num_refreshed == 1
+
+
+async def test_session_opened_too_early_works_once_the_blocks_are_there(open_world) -> None:
+    async with open_world() as world, world.model.session(max_length=20) as session:
+        middle = world.peer_of(MIDDLE)
+        ready = world.view.servers[middle]
+        world.view.servers[middle] = replace(ready, state=ServerState.JOINING)
+        with pytest.raises(MissingBlocksError, match="joining"):
+            await session.step(StepInput(states(3), 0))
+        world.view.servers[middle] = ready
+        await session.step(StepInput(states(3), 0))
+
+
+async def test_answers_that_are_not_finite_are_the_servers_fault(open_world, monkeypatch) -> None:
+    async with open_world() as world, world.model.session(max_length=20) as session:
+        await session.step(StepInput(states(3), 0))
+        broken = world.services[world.peer_of(MIDDLE)]._served.model
+        monkeypatch.setattr(broken, "run", lambda hidden_states, *args, **options: hidden_states * float("nan"))
+        with pytest.raises(BadAnswer, match=r"blocks 3:4 at .* not finite"):
+            await session.step(StepInput(states(1), 3))
+
+
+async def test_step_cancelled_half_way_breaks_the_session(open_world) -> None:
+    async with open_world() as world, world.model.session(max_length=20) as session:
+        await session.step(StepInput(states(3), 0))
+        world.memory.hang(world.peer_of(LAST))
+        with trio.move_on_after(0.1):
+            await session.step(StepInput(states(1), 3))
+        with pytest.raises(SessionClosed, match="interrupted in a step"):
+            await session.step(StepInput(states(1), 3))
+
+
+async def test_two_steps_at_once_are_refused(open_world) -> None:
+    async with open_world() as world, world.model.session(max_length=20) as session:
+        await session.step(StepInput(states(3), 0))
+        world.memory.hang(world.peer_of(LAST))
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(session.step, StepInput(states(1), 3))
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(ConfigError, match="two steps of one session at once"):
+                await session.step(StepInput(states(1), 3))
+            nursery.cancel_scope.cancel()
+
+
+async def test_errors_in_the_users_own_code_come_out_as_they_are(open_world) -> None:
+    async with open_world() as world:
+        with pytest.raises(ZeroDivisionError):
+            await divide_in_session(world)
+
+
+async def divide_in_session(world) -> float:
+    async with world.model.session(max_length=20) as session:
+        await session.step(StepInput(states(3), 0))
+        return 1 / 0
+
+
+@pytest.mark.parametrize(
+    ("codec", "largest_error"), [(Codec.NONE, 1e-5), (Codec.FLOAT16, 0.05), (Codec.BLOCKWISE_INT8, 0.5)]
+)
+async def test_hidden_states_travel_by_the_chosen_codec(open_world, codec: Codec, largest_error: float) -> None:
+    x = states(6)
+    async with open_world(config=ClientConfig(known_peers_path=None, codec=codec)) as world:
+        async with world.model.session(max_length=20) as session:
+            got = await session.step(StepInput(x, 0))
+        error = (got - local_blocks(world, x)).abs().max().item()
+        assert error < largest_error
+        assert (error > 1e-5) is (codec is not Codec.NONE)
+
+
+async def test_forward_without_a_session_takes_masks_and_goes_round_a_lost_server(open_world) -> None:
+    async with open_world(spans=(FIRST, MIDDLE, MIDDLE, LAST)) as world:
+        x = states(6, batch_size=3)
+        torch.testing.assert_close(await world.model.forward(x), local_blocks(world, x), rtol=1e-4, atol=1e-5)
+        world.memory.kill(world.peer_of(MIDDLE))
+        torch.testing.assert_close(await world.model.forward(x), local_blocks(world, x), rtol=1e-4, atol=1e-5)

@@ -132,9 +132,14 @@ class Neighbours:
     def connected_peers(self) -> frozenset[PeerId]:
         return self._network.connected_peers
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether the table is empty."""
+        return not len(self.table)
+
     async def wait_alone(self) -> None:
-        """Returns while the table is empty."""
-        while len(self.table):
+        """Returns at once, or as soon as the table is empty."""
+        while not self.is_alone:
             await self._wait_changed()
 
     async def wait_newcomer(self) -> None:
@@ -152,7 +157,7 @@ class Neighbours:
         self.bad_peers.failed(peer_id, trio.current_time())
         self.table.remove(peer_id)
         self._heard_of.pop(peer_id, None)
-        if not len(self.table):
+        if self.is_alone:
             self._changed.set()
 
     def _test(self, contact: Contact) -> None:

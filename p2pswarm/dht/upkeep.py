@@ -91,11 +91,13 @@ class Upkeep:
         while True:
             await self._neighbours.wait_alone()
             await self._pause(pause_s)
-            pause_s = min(2 * pause_s, self._config.recover_most_s)
-            self._neighbours.bad_peers.forget()
-            if await self._entry.greet():
+            if self._neighbours.is_alone:
+                pause_s = min(2 * pause_s, self._config.recover_most_s)
+                self._neighbours.bad_peers.forget()
+                if await self._entry.greet():
+                    await self.make_ourselves_known()
+            else:
                 pause_s = self._config.recover_first_s
-                await self.make_ourselves_known()
 
     async def _keep_house(self) -> None:
         while True:

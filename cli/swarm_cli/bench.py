@@ -103,7 +103,7 @@ class Result:
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command; its exit status."""
-    return run_async(partial(_bench, arguments, Console(stderr=True, highlight=False)))
+    return run_async(partial(_bench, arguments, Console(stderr=True, highlight=False, soft_wrap=True)))
 
 
 async def _bench(arguments: argparse.Namespace, console: Console) -> int:

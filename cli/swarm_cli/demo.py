@@ -25,7 +25,7 @@ from swarm_cli.writing import encode, generate_text, write_out
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command; its exit status."""
-    return run_async(partial(_demo, arguments, Console(stderr=True, highlight=False)))
+    return run_async(partial(_demo, arguments, Console(stderr=True, highlight=False, soft_wrap=True)))
 
 
 async def _demo(arguments: argparse.Namespace, console: Console) -> int:

@@ -6,7 +6,6 @@ the error message, should it fail.
 
 import itertools
 import json
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -126,15 +125,13 @@ async def _stop(process: trio.Process) -> None:
 async def local_swarm(
     plan: LocalSwarmPlan, on_event: OnEvent = lambda server, event: None
 ) -> AsyncIterator[list[ServerProcess]]:
-    """Servers that are ready, one for each span; the context's end stops them, as do SIGTERM and SIGHUP.
+    """Servers that are ready, one for each span, until the context is left.
 
     Raises `ServerFailed` with a server's last lines when one ends too early, even after it was ready.
     """
-    received: list[int] = []
     with TemporaryDirectory(prefix="swarm-") as folder:
         try:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_end_on_signals, received, nursery.cancel_scope)
                 servers = [ServerProcess(_command(plan, span, Path(folder)), span) for span in plan.spans]
                 await _start(servers, on_event, nursery)
                 yield servers
@@ -142,8 +139,6 @@ async def local_swarm(
         except BaseExceptionGroup as group:
             failed, _ = group.split(ServerFailed)
             raise _first(failed if failed is not None else group) from None
-    if received:
-        raise SystemExit(128 + received[0])  # as shells report a program that a signal ended
 
 
 async def _start(servers: Sequence[ServerProcess], on_event: OnEvent, nursery: trio.Nursery) -> None:
@@ -169,13 +164,6 @@ def _command(plan: LocalSwarmPlan, span: Span, folder: Path) -> list[str]:
     }
     flags = [word for name, value in options.items() for word in (name, value)]
     return [sys.executable, "-m", "swarmd", "start", plan.model, "--json", *flags]
-
-
-async def _end_on_signals(received: list[int], scope: trio.CancelScope) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM, signal.SIGHUP) as signals:
-        async for number in signals:
-            received.append(number)
-            scope.cancel()
 
 
 def _first(error: BaseException) -> BaseException:

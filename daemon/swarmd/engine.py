@@ -1,7 +1,7 @@
 """The model side of a server's start: open the checkpoint, choose device, dtype and sizes, load the span, measure it.
 
-All of it is blocking and belongs on the thread that owns the device. Importing this file imports torch and transformers,
-which takes longer than all the rest; so `swarmd/serve.py` does it on the device's thread, while it joins the swarm.
+All of it is blocking and belongs on the thread that owns the device. Importing this file imports torch and
+transformers, which takes longer than all else: `swarmd/serve.py` does it on that thread, while it joins the swarm.
 """
 
 from dataclasses import dataclass

@@ -98,6 +98,10 @@ class DhtNode:
         """Serving nodes that we know and that answered, or asked us something, when last heard of."""
         return len(self._neighbours.table)
 
+    def known_contacts(self) -> list[Contact]:
+        """Nodes that answered once, as remembered on disk: what a newcomer may be told of."""
+        return self._known.contacts()
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serves others and keeps house, until cancelled."""
         async with trio.open_nursery() as nursery:

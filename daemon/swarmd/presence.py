@@ -1,0 +1,60 @@
+"""What the swarm is told of this server, kept true: state, room in the cache, and all of it anew after an outage."""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import trio
+
+from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.directory.announcer import Announcer
+from swarmd.events import Events
+from swarmd.memory import CacheBudget, is_worth_announcing
+
+CACHE_CHECK_PERIOD_S = 2.0
+"""How old the announced room in the cache may be; a busy server announces at most this often."""
+SWARM_CHECK_PERIOD_S = 5.0
+
+
+class Presence:
+    """The server's announcement, and who changes it."""
+
+    def __init__(self, announcer: Announcer, info: ServerInfo) -> None:
+        self._announcer = announcer
+        self.info = info
+        """As last announced."""
+
+    async def become(self, state: ServerState) -> None:
+        """Announces the state; returns when others can read it."""
+        await self.announce(replace(self.info, state=state))
+
+    async def announce(self, info: ServerInfo) -> None:
+        self.info = info
+        await self._announcer.announce(info)
+
+    async def withdraw(self) -> None:
+        """Announces that this server is gone; its own short deadline holds even when cancelled."""
+        self.info = replace(self.info, state=ServerState.OFFLINE)
+        await self._announcer.withdraw()
+
+    async def follow_cache(self, budget: CacheBudget) -> None:
+        """Corrects the announced room when it has changed so far that clients would choose differently."""
+        while True:
+            await trio.sleep(CACHE_CHECK_PERIOD_S)
+            tokens_left = budget.tokens_left
+            if is_worth_announcing(self.info.cache_tokens_left, tokens_left, budget.total_tokens):
+                await self.announce(replace(self.info, cache_tokens_left=tokens_left))
+
+    async def follow_swarm(self, num_nodes: Callable[[], int], events: Events) -> None:
+        """Tells once when all other nodes are lost, and announces anew when some are back.
+
+        The way back itself is the DHT's to find; `num_nodes` says how many others it knows at the moment.
+        """
+        has_company = num_nodes() > 0
+        while True:
+            await trio.sleep(SWARM_CHECK_PERIOD_S)
+            had_company, has_company = has_company, num_nodes() > 0
+            if had_company and not has_company:
+                events("swarm_lost")
+            elif has_company and not had_company:
+                events("swarm_found", num_peers=num_nodes())
+                await self.announce(self.info)

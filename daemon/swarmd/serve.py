@@ -1,0 +1,247 @@
+"""A server's life: the order in which it starts, what it does meanwhile, and the order in which it stops.
+
+    start   listen -> join the swarm, while torch is imported -> choose blocks -> announce JOINING, while they load
+            -> answer requests -> announce ONLINE -> ready
+    stop    begin nothing new -> announce DRAINING, while what runs finishes -> announce OFFLINE -> leave the network
+
+Decides nothing about requests (`swarmd/handler.py`) nor about sizes (`swarmd/engine.py`).
+"""
+
+import importlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import trio
+
+from p2pswarm.core.clock import Clock
+from p2pswarm.core.errors import NoPeersError
+from p2pswarm.core.nursery import open_transparent_nursery
+from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.span import Span
+from p2pswarm.dht.node import DhtNode
+from p2pswarm.directory.announcer import Announcer
+from p2pswarm.directory.directory import Directory
+from p2pswarm.net.host import open_network
+from p2pswarm.net.identity import Identity
+from p2pswarm.net.network import Network
+from p2pswarm.rpc.server import RpcServer
+from p2pswarm.wire.messages import InfoReply
+from swarmd.block_choice import worst_served_span
+from swarmd.config import ServerConfig
+from swarmd.device_thread import Device, open_device_thread
+from swarmd.events import Events
+from swarmd.identity_file import known_peers_path
+from swarmd.listen import listen_addresses
+from swarmd.memory import CacheBudget
+from swarmd.presence import Presence
+from swarmd.signals import unless
+
+if TYPE_CHECKING:
+    from swarmd.engine import LoadedSpan, OpenedModel
+
+MAX_PEERS_TOLD = 20
+"""In the answer to a client who asks: enough to find the swarm again when its own first peer is gone."""
+DRAINING_ANNOUNCEMENT_TIMEOUT_S = 2.0
+"""Clients learn it from our refusals as well."""
+
+
+async def serve(
+    config: ServerConfig,
+    identity_path: Path,
+    events: Events,
+    stop: trio.Event,
+    *,
+    clock: Clock,
+    random: Random,
+    started_unix_s: float,
+) -> None:
+    """Serves blocks of a model until `stop` is set, then stops in order. Raises `SwarmingError`: it cannot start."""
+    events("starting", model=config.model, version=version("p2pswarm"))
+    identity = Identity.load_or_create(identity_path)
+    listen = listen_addresses(config.host, config.port)
+    async with (
+        open_network(identity, listen=listen) as network,
+        open_device_thread() as device,
+        open_transparent_nursery() as nursery,
+    ):
+        known_peers = known_peers_path(identity_path)
+        if not config.peers and config.identity is None:
+            known_peers.unlink(missing_ok=True)  # a new swarm, whatever this default identity was used for before
+        dht = DhtNode(network, clock, random, known_peers_path=known_peers)
+        await nursery.start(dht.run)
+        announcer = Announcer(dht, network, clock, random)
+        nursery.start_soon(announcer.run)
+        around = Surroundings(network, dht, announcer, device, clock, events)
+        running = await unless(stop, partial(_start, config, around, nursery))
+        if running is not None:
+            events("ready", **_ready_fields(config, around, running, start_s=clock.unix_time_s() - started_unix_s))
+            await stop.wait()
+            await _stop_in_order(config, around, running)
+        nursery.cancel_scope.cancel()
+    events("stopped")
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a server stands on."""
+
+    network: Network
+    dht: DhtNode
+    announcer: Announcer
+    device: Device
+    clock: Clock
+    events: Events
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that answers requests."""
+
+    opened: "OpenedModel"
+    presence: Presence
+    rpc: RpcServer
+
+
+async def _start(config: ServerConfig, around: Surroundings, nursery: trio.Nursery) -> Running:
+    device, events = around.device, around.events
+    joined = trio.Event()
+    nursery.start_soon(_join, config.peers, around, joined)
+    await device.run(partial(importlib.import_module, "swarmd.engine"))
+    from swarmd import engine  # at once: the device's thread has imported it
+    from swarmd.handler import Served, SpanService
+
+    opened = await device.run(partial(engine.open_model, config))
+    if opened.warning is not None:
+        events("warning", message=opened.warning)
+    span = await _choose_blocks(config, around, opened, joined)
+    events("loading", model=opened.checkpoint.name, blocks=str(span), dtype=opened.dtype_name)
+    presence = Presence(around.announcer, _joining_info(config, around.network, opened, span))
+    loaded: LoadedSpan
+    async with open_transparent_nursery() as loading:
+        loading.start_soon(_announce_joining, presence, joined)
+        loaded = await device.run(partial(engine.load, opened, span, config))
+
+    budget = CacheBudget(loaded.cache_tokens, span.num_blocks)
+    served = Served(opened.model_id, loaded.model, loaded.max_length)
+    rpc = RpcServer(
+        around.network, SpanService(served, device, budget, partial(_describe, presence, budget, around.dht))
+    )
+    await nursery.start(rpc.run)
+    await presence.announce(_online_info(presence.info, loaded))
+    nursery.start_soon(presence.follow_cache, budget)
+    nursery.start_soon(presence.follow_swarm, lambda: around.dht.num_contacts, events)
+    return Running(opened, presence, rpc)
+
+
+async def _join(peers: Sequence[str], around: Surroundings, joined: trio.Event) -> None:
+    """Finds the swarm, or says once that nobody answers: the DHT goes on trying."""
+    try:
+        await around.dht.bootstrap(peers)
+    except NoPeersError as error:
+        around.events("join_failed", message=str(error))
+    else:
+        if around.dht.num_contacts:
+            around.events("joined", num_peers=around.dht.num_contacts)
+    joined.set()
+
+
+async def _choose_blocks(config: ServerConfig, around: Surroundings, opened: "OpenedModel", joined: trio.Event) -> Span:
+    """The blocks that were asked for; else as many as fit, or as were asked for, where the swarm needs them most."""
+    if config.blocks is not None:
+        return config.blocks
+    num_blocks = config.num_blocks
+    if num_blocks is None:
+        num_blocks = await around.device.run(opened.num_blocks_that_fit)
+    if num_blocks == opened.num_blocks:
+        return Span(0, num_blocks)
+    await joined.wait()
+    servers = await Directory(around.dht, around.clock).servers(opened.model_id)
+    return worst_served_span(opened.num_blocks, num_blocks, servers.values())
+
+
+async def _announce_joining(presence: Presence, joined: trio.Event) -> None:
+    await joined.wait()
+    await presence.become(ServerState.JOINING)
+
+
+def _joining_info(config: ServerConfig, network: Network, opened: "OpenedModel", span: Span) -> ServerInfo:
+    return ServerInfo(
+        peer_id=network.peer_id,
+        model_id=opened.model_id,
+        span=span,
+        state=ServerState.JOINING,
+        addresses=network.addresses,
+        num_model_blocks=opened.num_blocks,
+        throughput_tokens_per_s=0.0,
+        inference_tokens_per_s=0.0,
+        forward_tokens_per_s=0.0,
+        network_tokens_per_s=0.0,
+        dtype=opened.dtype_name,
+        public_name=config.name,
+        version=version("p2pswarm"),
+    )
+
+
+def _online_info(info: ServerInfo, loaded: "LoadedSpan") -> ServerInfo:
+    throughput = loaded.throughput
+    return replace(
+        info,
+        state=ServerState.ONLINE,
+        throughput_tokens_per_s=throughput.of_server(info.span.num_blocks),
+        inference_tokens_per_s=throughput.inference_tokens_per_s,
+        forward_tokens_per_s=throughput.forward_tokens_per_s,
+        network_tokens_per_s=throughput.network_tokens_per_s,
+        cache_tokens_left=loaded.cache_tokens,
+        max_length=loaded.max_length,
+    )
+
+
+def _describe(presence: Presence, budget: CacheBudget, dht: DhtNode) -> InfoReply:
+    """What a client is told who asks: the announcement, the room there is now, and other nodes."""
+    others = {contact.peer_id: contact.addresses for contact in dht.known_contacts()[:MAX_PEERS_TOLD]}
+    return InfoReply(replace(presence.info, cache_tokens_left=budget.tokens_left), peers=others)
+
+
+def _ready_fields(
+    config: ServerConfig, around: Surroundings, running: Running, *, start_s: float
+) -> Mapping[str, object]:
+    info = running.presence.info
+    join = f"swarmd start {shlex.quote(config.model)} --peers {info.addresses[0]}"
+    return {
+        "peer_id": info.peer_id,
+        "addresses": list(info.addresses),
+        "model": config.model,
+        "model_id": info.model_id,
+        "blocks": str(info.span),
+        "start_block": info.span.start,
+        "end_block": info.span.end,
+        "num_model_blocks": info.num_model_blocks,
+        "dtype": info.dtype,
+        "device": str(running.opened.device),
+        "cache_tokens": info.cache_tokens_left,
+        "max_length": info.max_length,
+        "start_s": round(start_s, 3),
+        "join_command": join,
+    }
+
+
+async def _stop_in_order(config: ServerConfig, around: Surroundings, running: Running) -> None:
+    running.rpc.stop_accepting()
+    num_sessions = running.rpc.statistics().num_sessions
+    around.events("draining", num_sessions=num_sessions, grace_period_s=config.grace_period_s)
+    async with trio.open_nursery() as nursery:
+        if num_sessions:
+            nursery.start_soon(_announce_draining, running.presence)
+        await running.rpc.drain(config.grace_period_s)
+    await running.presence.withdraw()
+
+
+async def _announce_draining(presence: Presence) -> None:
+    with trio.move_on_after(DRAINING_ANNOUNCEMENT_TIMEOUT_S):
+        await presence.become(ServerState.DRAINING)

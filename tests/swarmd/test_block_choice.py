@@ -1,0 +1,75 @@
+"""A server that was not told which blocks to serve takes those that the swarm serves worst."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pswarm.core.errors import ConfigError
+from p2pswarm.core.ids import ModelId, PeerId
+from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.span import Span
+from swarmd.block_choice import block_throughputs, num_blocks_that_fit, worst_served_span
+
+
+def server(start: int, end: int, throughput: float = 10.0, state: ServerState = ServerState.ONLINE) -> ServerInfo:
+    return ServerInfo(
+        peer_id=PeerId(f"peer-{start}-{end}-{throughput}"),
+        model_id=ModelId("m@0123456789abcdef"),
+        span=Span(start, end),
+        state=state,
+        addresses=(),
+        num_model_blocks=30,
+        throughput_tokens_per_s=throughput,
+        inference_tokens_per_s=100.0,
+        forward_tokens_per_s=1000.0,
+        network_tokens_per_s=1000.0,
+        dtype="float32",
+    )
+
+
+def test_an_empty_swarm_is_filled_from_the_front() -> None:
+    assert worst_served_span(30, 10, []) == Span(0, 10)
+
+
+def test_the_gap_is_filled() -> None:
+    assert worst_served_span(30, 10, [server(0, 10), server(20, 30)]) == Span(10, 20)
+
+
+def test_servers_about_to_come_count_and_those_leaving_do_not() -> None:
+    joining = server(0, 10, state=ServerState.JOINING)
+    assert worst_served_span(20, 10, [joining]) == Span(10, 20)
+    assert worst_served_span(20, 10, [replace(joining, state=ServerState.DRAINING)]) == Span(0, 10)
+
+
+def test_the_weakest_server_is_helped_where_all_blocks_are_served() -> None:
+    assert worst_served_span(30, 10, [server(0, 10, 5.0), server(10, 20, 3.0), server(20, 30, 9.0)]) == Span(10, 20)
+
+
+def test_more_blocks_than_the_model_has_are_refused() -> None:
+    with pytest.raises(ConfigError, match="the model has 30 blocks, so --num-blocks 31 is too many"):
+        worst_served_span(30, 31, [])
+
+
+spans = st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda ends: ends[0] < ends[1])
+
+
+@given(
+    others=st.lists(st.tuples(spans, st.floats(0.5, 100.0)), max_size=6),
+    num_blocks=st.integers(1, 12),
+)
+def test_no_other_window_holds_a_worse_served_block(
+    others: list[tuple[tuple[int, int], float]], num_blocks: int
+) -> None:
+    servers = [server(start, end, throughput) for (start, end), throughput in others]
+    chosen = worst_served_span(12, num_blocks, servers)
+    throughputs = block_throughputs(12, servers)
+    assert chosen.num_blocks == num_blocks
+    assert min(throughputs[chosen.start : chosen.end]) == min(throughputs)
+
+
+def test_as_many_blocks_are_loaded_as_leave_room_for_the_rest() -> None:
+    assert num_blocks_that_fit(free_bytes=100, bytes_per_block=10, num_model_blocks=30) == 6
+    assert num_blocks_that_fit(free_bytes=1000, bytes_per_block=10, num_model_blocks=30) == 30
+    assert num_blocks_that_fit(free_bytes=1, bytes_per_block=10, num_model_blocks=30) == 1

@@ -1,0 +1,119 @@
+"""One thread, in order; what is cancelled while it waits never runs, what fails fails at its caller."""
+
+import threading
+from functools import partial
+
+import pytest
+import trio
+import trio.testing
+
+from p2pswarm.core.errors import ServerBusy
+from swarmd.device_thread import open_device_thread
+
+LONGEST_WAIT_S = 10.0
+"""Of the thread for a test that has failed meanwhile."""
+
+
+async def test_functions_run_on_one_thread_in_the_order_they_were_asked_for() -> None:
+    ran: list[int] = []
+    threads = set()
+
+    async def ask(number: int) -> None:
+        def work() -> int:
+            ran.append(number)
+            threads.add(threading.get_ident())
+            return number * number
+
+        assert await device.run(work) == number * number
+
+    async with open_device_thread() as device:
+        gate = threading.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.run, partial(gate.wait, LONGEST_WAIT_S))
+            for number in range(50):
+                nursery.start_soon(ask, number)
+                await trio.testing.wait_all_tasks_blocked()
+            gate.set()
+        assert device.num_waiting == 0
+    assert ran == list(range(50))
+    assert len(threads) == 1
+    assert threading.get_ident() not in threads
+
+
+async def test_an_exception_becomes_the_callers() -> None:
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    async with open_device_thread() as device:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await device.run(fail)
+        assert await device.run(lambda: "still there") == "still there"
+
+
+async def test_what_is_cancelled_while_waiting_never_runs() -> None:
+    ran: list[str] = []
+    gate = threading.Event()
+    async with open_device_thread() as device, trio.open_nursery() as nursery:
+        nursery.start_soon(device.run, partial(gate.wait, LONGEST_WAIT_S))
+        await trio.testing.wait_all_tasks_blocked()
+        with trio.move_on_after(0.01) as scope:
+            await device.run(lambda: ran.append("cancelled"))
+        assert scope.cancelled_caught
+        assert device.num_waiting == 1
+        gate.set()
+        await device.run(lambda: ran.append("after"))
+    assert ran == ["after"]
+
+
+async def test_what_is_cancelled_while_it_runs_ends_and_its_result_is_dropped() -> None:
+    started, gate, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        gate.wait(LONGEST_WAIT_S)
+        ended.set()
+
+    async with open_device_thread() as device:
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(device.run, work)
+                await trio.to_thread.run_sync(started.wait)
+                scope.cancel()
+        assert scope.cancelled_caught
+        assert not ended.is_set()
+        gate.set()
+        assert await device.run(lambda: "next") == "next"
+        assert ended.is_set()
+
+
+async def test_a_full_queue_sends_callers_elsewhere() -> None:
+    gate = threading.Event()
+    async with open_device_thread(max_waiting=2) as device, trio.open_nursery() as nursery:
+        nursery.start_soon(device.run, partial(gate.wait, LONGEST_WAIT_S))
+        nursery.start_soon(device.run, partial(gate.wait, LONGEST_WAIT_S))
+        await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(ServerBusy, match="2 requests are waiting"):
+            await device.run(gate.wait)
+        gate.set()
+
+
+async def test_leaving_waits_for_what_runs() -> None:
+    ended = threading.Event()
+    started = threading.Event()
+
+    def work() -> None:
+        started.set()
+        gate.wait(0.05)
+        ended.set()
+
+    gate = threading.Event()
+    async with open_device_thread() as device:
+        with trio.move_on_after(0):
+            await device.run(work)
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(device.run, work)
+                await trio.to_thread.run_sync(started.wait)
+                scope.cancel()
+    assert ended.is_set()
+    assert not any(thread.name == "device" for thread in threading.enumerate())

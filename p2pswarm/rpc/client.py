@@ -12,8 +12,8 @@ from typing import TypeVar
 from p2pswarm.core.errors import BadAnswer, ConnectionLost, ProtocolViolation
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.network import Network
-from p2pswarm.rpc.deadline import deadline
 from p2pswarm.rpc.error_replies import error_from
+from p2pswarm.rpc.exchange import deadline, exchange
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL, RpcLimits
 from p2pswarm.rpc.remote_session import RemoteSession
 from p2pswarm.rpc.stream_pool import StreamPool
@@ -91,27 +91,19 @@ class RpcClient:
             kept = self._pool.take(peer_id)
             if kept is not None:
                 with contextlib.suppress(ConnectionLost):
-                    return kept, await _exchange(kept, request, reply_type)
+                    return kept, await _ask(kept, request, reply_type)
             framed = FramedStream(await self._network.open_stream(peer_id, RPC_PROTOCOL), self._limits.wire)
-            return framed, await _exchange(framed, request, reply_type)
+            return framed, await _ask(framed, request, reply_type)
 
 
-async def _exchange(framed: FramedStream, request: Message, reply_type: type[Reply]) -> Reply:
-    """One request and its answer; the stream is reset after anything else than the answer that was asked for."""
-    try:
-        await framed.send(request)
-        answer = await framed.receive()
-        match answer:
-            case ErrorReply():
-                raise error_from(answer, framed.peer_id)
-            case None:
-                raise ConnectionLost(f"{framed.peer_id} closed the stream without an answer", framed.peer_id)
-            case _ if isinstance(answer, reply_type):
-                return answer
-            case _:
-                raise ProtocolViolation(
-                    f"{framed.peer_id} answered {type(request).__name__} by {type(answer).__name__}", framed.peer_id
-                )
-    except BaseException:
-        framed.reset()
-        raise
+async def _ask(framed: FramedStream, request: Message, reply_type: type[Reply]) -> Reply:
+    """The answer that was asked for; the stream is reset after anything else."""
+    answer = await exchange(framed, request)
+    if isinstance(answer, reply_type):
+        return answer
+    framed.reset()
+    if isinstance(answer, ErrorReply):
+        raise error_from(answer, framed.peer_id)
+    raise ProtocolViolation(
+        f"{framed.peer_id} answered {type(request).__name__} by {type(answer).__name__}", framed.peer_id
+    )

@@ -5,10 +5,10 @@ Values are not looked at (that needs torch): whoever decodes the hidden states c
 
 import trio
 
-from p2pswarm.core.errors import BadAnswer, ConnectionLost, ProtocolViolation, SessionClosed
+from p2pswarm.core.errors import BadAnswer, ProtocolViolation, SessionClosed
 from p2pswarm.core.ids import PeerId
-from p2pswarm.rpc.deadline import deadline
 from p2pswarm.rpc.error_replies import SURVIVABLE_CODES, error_from
+from p2pswarm.rpc.exchange import deadline, exchange
 from p2pswarm.wire.framed_stream import FramedStream
 from p2pswarm.wire.messages import Codec, ErrorReply, Message, OpenSession, Step, StepReply
 
@@ -45,8 +45,7 @@ class RemoteSession:
         self._is_stepping = True
         try:
             with deadline(timeout_s, self.peer_id, "answer a step"):
-                await self._framed.send(step)
-                answer = await self._framed.receive()
+                answer = await exchange(self._framed, step)
         except BaseException:
             self.close()
             raise
@@ -59,7 +58,7 @@ class RemoteSession:
         self._is_over = True
         self._framed.reset()
 
-    def _checked(self, step: Step, answer: Message | None) -> StepReply:
+    def _checked(self, step: Step, answer: Message) -> StepReply:
         match answer:
             case StepReply():
                 complaint = complaint_about(answer, step, self.request.codec)
@@ -71,9 +70,6 @@ class RemoteSession:
                 if answer.code not in SURVIVABLE_CODES:
                     self.close()
                 raise error_from(answer, self.peer_id)
-            case None:
-                self.close()
-                raise ConnectionLost(f"{self.peer_id} closed the session", self.peer_id)
             case _:
                 self.close()
                 raise ProtocolViolation(f"{self.peer_id} answered a step by {type(answer).__name__}", self.peer_id)

@@ -41,7 +41,7 @@ from p2pswarm.wire.messages import (
 
 CLOSE_SESSION_TIMEOUT_S = 5.0
 GOODBYE_TIMEOUT_S = 2.0
-"""To send a last word and let the peer read it."""
+"""For the peer to take a last word."""
 
 logger = logging.getLogger(__name__)
 
@@ -218,14 +218,14 @@ class ServedStream:
         self._is_sending = False
 
     async def _say_goodbye(self, reply: ErrorReply) -> None:
-        """The last word, where the peer is not in the middle of an answer; it gets time to read it."""
+        """The last word, where the peer is not in the middle of an answer."""
         if self._is_sending:
             self._framed.reset()
             return
+        self._framed.release()
         with trio.move_on_after(GOODBYE_TIMEOUT_S), contextlib.suppress(ConnectionLost):
             await self._framed.send(reply)
             await self._framed.close_write()
-            await self._framed.discard_rest()
 
     def _check_not_draining(self) -> None:
         if self.is_draining:

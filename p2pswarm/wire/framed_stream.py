@@ -87,18 +87,14 @@ class FramedStream:
     async def close_write(self) -> None:
         await self._stream.close_write()
 
-    async def discard_rest(self) -> None:
-        """Reads and throws away what still comes, until the peer closes its side. Raises `ConnectionLost`."""
-        while await self._stream.read(READ_BYTES):
-            pass
-
     def reset(self) -> None:
-        """Ends the stream at once and gives back its budget. Safe to call at any time, twice too."""
+        """Ends the stream at once. Safe to call at any time, twice too."""
         self._stream.reset()
         self.release()
 
     def release(self) -> None:
-        """Gives back its budget: no more will be received."""
+        """Lets go of what has come and its budget; no more will be received."""
+        self._decoder = FrameDecoder(self._limits, self.peer_id)
         self._charge(0)
 
     def _charge(self, num_bytes: int) -> None:

@@ -31,8 +31,8 @@ class NetworkConfig:
     """Opened by the peer, not yet taken up by us; more are refused one by one."""
     max_stream_window_bytes: int = 16 * MIB
     """How far a stream's receive window may grow: what a long, fat link can have in flight."""
-    max_receive_bytes_per_connection: int = 64 * MIB
-    """Sum of the growth of all windows of a connection: what a peer can make us hold, besides 256 KiB a stream."""
+    max_receive_bytes_per_connection: int = 128 * MIB
+    """Unread in all streams together, before no more is taken from the peer; windows grow out of one half of it."""
     max_connections: int = 1024
     max_connections_per_peer: int = 8
 

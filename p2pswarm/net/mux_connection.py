@@ -7,7 +7,8 @@ to the connection.
 
 What a peer can make us hold is bounded:
 
-- data: by each stream's window, which grows only out of a budget shared by the connection, and by a limit on the sum;
+- data: by each stream's window, which grows only out of a budget shared by the connection; and when our readers leave
+  too much unread in all, we stop reading from it;
 - streams: by a number; more are refused, and ids may only rise, so that closed ones need no memory;
 - answers to it (pings, refusals): when too many wait, because it does not read, we stop reading from it;
 - window updates: one per stream at most waits, as a mark on the stream.
@@ -103,7 +104,7 @@ class MuxConnection:
         self._updates: dict[int, MuxStream] = {}
         self._has_output = trio.Event()
         self._waiting_for_room = trio.lowlevel.ParkingLot()
-        self._waiting_for_write = trio.lowlevel.ParkingLot()
+        self._progress = trio.lowlevel.ParkingLot()
         self._is_writing = False
         # keep-alive
         self._last_received_s = trio.current_time()
@@ -176,7 +177,7 @@ class MuxConnection:
         self._enqueue(encode_header(FrameType.GO_AWAY, 0, 0, code))
         with trio.move_on_after(GOODBYE_TIMEOUT_S):
             while self._end is None and (self._is_writing or self._queue):
-                await self._waiting_for_write.park()
+                await self._progress.park()
 
     def _finish(self, why: str) -> None:
         """The end: wakes everyone who waits for anything."""
@@ -189,7 +190,7 @@ class MuxConnection:
             stream.break_off(f"the connection ended: {why}")
         self._unaccepted.clear()
         self._acceptable.set()
-        self._waiting_for_write.unpark_all()
+        self._progress.unpark_all()
         self._waiting_for_room.unpark_all()
 
     def _raise_if_ended(self) -> None:
@@ -211,7 +212,7 @@ class MuxConnection:
                 self._is_writing = True
                 await self._transport.write_all(batch)
                 self._is_writing = False
-                self._waiting_for_write.unpark_all()
+                self._progress.unpark_all()
         except NetworkError as error:
             self._finish(str(error))
 
@@ -265,12 +266,19 @@ class MuxConnection:
     def consumed(self, stream: MuxStream, num_bytes: int) -> None:
         if stream.stream_id not in self._streams:
             return
-        self._buffered_bytes -= num_bytes
+        self._discount(num_bytes)
         stream.unacknowledged_bytes += num_bytes
         if stream.unacknowledged_bytes >= stream.receive_window_bytes // 2:
             self._grow(stream)
             self._updates[stream.stream_id] = stream
             self._has_output.set()
+
+    def _discount(self, num_bytes: int) -> None:
+        was_overfull = self._is_overfull()
+        self._buffered_bytes -= num_bytes
+        if was_overfull:
+            self._last_received_s = trio.current_time()
+            self._progress.unpark_all()
 
     def _grow(self, stream: MuxStream) -> None:
         """Doubles the window of a stream that is read as fast as the peer may send."""
@@ -289,7 +297,7 @@ class MuxConnection:
         if self._streams.pop(stream.stream_id, None) is None:
             return
         self._updates.pop(stream.stream_id, None)
-        self._buffered_bytes -= stream.buffered_bytes
+        self._discount(stream.buffered_bytes)
         self._growth_left_bytes += stream.receive_window_bytes - INITIAL_WINDOW_BYTES
         if self._is_peers(stream.stream_id):
             self._num_peer_streams -= 1
@@ -306,8 +314,8 @@ class MuxConnection:
                 self._last_received_s = trio.current_time()
                 for frame in parser.feed(data):
                     self._handle(frame)
-                while len(self._answers) > MAX_QUEUED_ANSWER_BYTES or self._queued_bytes > 2 * MAX_QUEUED_BYTES:
-                    await self._waiting_for_write.park()
+                while self._is_overfull() or self._is_owed_too_much():
+                    await self._progress.park()
             self._finish("the peer closed it")
         except ProtocolViolation as error:
             logger.warning("%s broke the protocol, its connection is closed: %s", self.peer_id, error)
@@ -315,6 +323,14 @@ class MuxConnection:
             self._finish(f"the peer broke the protocol: {error}")
         except NetworkError as error:
             self._finish(str(error))
+
+    def _is_overfull(self) -> bool:
+        """Our readers leave so much unread that no more is taken from the peer."""
+        return self._buffered_bytes > self._config.max_receive_bytes_per_connection
+
+    def _is_owed_too_much(self) -> bool:
+        """The peer asks for answers and does not take them."""
+        return len(self._answers) > MAX_QUEUED_ANSWER_BYTES or self._queued_bytes > 2 * MAX_QUEUED_BYTES
 
     def _handle(self, frame: Frame) -> None:
         match frame.type:
@@ -343,7 +359,7 @@ class MuxConnection:
             return
         if frame.type == FrameType.DATA:
             stream.receive(frame.payload)
-            self._count_received(frame.length)
+            self._buffered_bytes += frame.length
         else:
             stream.widen(frame.length)
         if frame.flags & RST:
@@ -373,11 +389,6 @@ class MuxConnection:
         if stream_id > newest:
             raise ProtocolViolation(f"{self.peer_id} sent a frame for stream {stream_id}, never opened", self.peer_id)
 
-    def _count_received(self, num_bytes: int) -> None:
-        self._buffered_bytes += num_bytes
-        if self._buffered_bytes > self._config.max_receive_bytes_per_connection:
-            raise ProtocolViolation(f"{self._buffered_bytes} bytes wait unread, too much for one peer", self.peer_id)
-
     def _answer(self, frame: bytes) -> None:
         self._answers += frame
         self._has_output.set()
@@ -391,7 +402,9 @@ class MuxConnection:
             await trio.sleep_until(self._next_check_s())
             now_s = trio.current_time()
             silence_s = now_s - self._last_received_s
-            if self._ping_sent_s is not None and now_s >= self._next_check_s():
+            if self._is_overfull():
+                self._last_received_s = now_s
+            elif self._ping_sent_s is not None and now_s >= self._next_check_s():
                 self._finish(f"the peer gave no sign of life for {silence_s:.0f} s")
             elif silence_s >= config.ping_interval_s or now_s - self._round_trip_measured_s >= MAX_ROUND_TRIP_AGE_S:
                 self._ping()

@@ -12,11 +12,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+from huggingface_hub import errors
+
 from p2pswarm.checkpoint.cache_directory import cache_directory, write_atomically
 from p2pswarm.checkpoint.fingerprint import file_sha256
 from p2pswarm.checkpoint.local_folder import INDEX_NAME, PICKLE_REFUSAL, PICKLE_SUFFIXES, SINGLE_FILE_NAME
 from p2pswarm.checkpoint.safetensors_store import open_safetensors, read_index
 from p2pswarm.core.errors import CheckpointError
+
+HUB_FAILURES = (errors.HfHubHTTPError, errors.HTTPError, OSError)  # type: ignore[attr-defined]
+"""No answer, or not the one asked for."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -50,13 +56,9 @@ class HubModel:
 
     def fetch(self, file_name: str) -> Path:
         """The file on this machine, downloaded if need be."""
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-        from huggingface_hub.utils import HTTPError
-
         try:
             return Path(
-                hf_hub_download(
+                huggingface_hub.hf_hub_download(
                     self.name,
                     file_name,
                     revision=self._at.commit,
@@ -64,13 +66,13 @@ class HubModel:
                     cache_dir=self._cache_dir,
                 )
             )
-        except LocalEntryNotFoundError as error:
+        except errors.LocalEntryNotFoundError as error:
             raise CheckpointError(
                 f"{file_name} of {self.name} is not on this machine: {_unreachable(error)}"
             ) from error
-        except EntryNotFoundError as error:
+        except errors.EntryNotFoundError as error:
             raise CheckpointError(f"{self.name} has no {file_name} on the hub") from error
-        except (HfHubHTTPError, HTTPError, OSError) as error:
+        except HUB_FAILURES as error:
             raise CheckpointError(f"cannot download {file_name} of {self.name}: {_unreachable(error)}") from error
 
     def weight_files(self) -> dict[str, str]:
@@ -101,32 +103,21 @@ class HubModel:
 
     @cached_property
     def _at(self) -> HubRevision:
-        memory = (
-            cache_directory()
-            / "hub"
-            / f"{self.name.replace('/', '--')}@{self._revision or 'main'}.json".replace("/", "--")
-        )
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HfHubHTTPError,
-            HFValidationError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
-        from huggingface_hub.utils import HTTPError
-
+        file_name = f"{self.name}@{self._revision or 'main'}.json".replace("/", "--")
+        memory = cache_directory() / "hub" / file_name
         try:
-            info = HfApi(token=self._token).model_info(self.name, revision=self._revision, files_metadata=True)
-        except GatedRepoError as error:
+            info = huggingface_hub.HfApi(token=self._token).model_info(
+                self.name, revision=self._revision, files_metadata=True
+            )
+        except errors.GatedRepoError as error:
             raise CheckpointError(
                 f"{self.name} is gated: ask for access on the hub, then log in or pass a token"
             ) from error
-        except RevisionNotFoundError as error:
+        except errors.RevisionNotFoundError as error:
             raise CheckpointError(f"{self.name} has no revision {self._revision} on the hub") from error
-        except (RepositoryNotFoundError, HFValidationError) as error:
+        except (errors.RepositoryNotFoundError, errors.HFValidationError) as error:
             raise CheckpointError(f"there is no folder {self.name}, and no such model on the hub") from error
-        except (HfHubHTTPError, HTTPError, OSError) as error:
+        except HUB_FAILURES as error:
             if memory.exists():
                 return _revision_from_json(json.loads(memory.read_text()))
             raise CheckpointError(f"there is no folder {self.name}, and {_unreachable(error)}") from error

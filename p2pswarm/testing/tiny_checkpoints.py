@@ -17,6 +17,7 @@ NUM_BLOCKS = 8
 VOCABULARY_SIZE = 128
 SLIDING_WINDOW = 8
 """Tokens; shorter than any test's prompt."""
+SHARD_SIZE = "300KB"
 
 COMMON_OPTIONS: Mapping[str, Any] = {
     "vocab_size": VOCABULARY_SIZE,
@@ -80,13 +81,15 @@ def tiny_config(model_type: str, **options: Any) -> "PretrainedConfig":
     return CONFIG_MAPPING[model_type](**{**COMMON_OPTIONS, **OPTIONS.get(model_type, {}), **options})
 
 
-def save_tiny_checkpoint(folder: Path, model_type: str, *, seed: int = 0, **options: Any) -> Path:
-    """A folder with `config.json` and `model.safetensors` of a tiny random model; returns the folder."""
+def save_tiny_checkpoint(
+    folder: Path, model_type: str, *, seed: int = 0, sharded: bool = False, **options: Any
+) -> Path:
+    """A folder with the config and the safetensors of a tiny random model, in one file or several; returns it."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(tiny_config(model_type, **options), dtype=torch.float32)  # type: ignore[no-untyped-call]
     randomize(model, seed)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE if sharded else "1GB")
     return folder
 
 

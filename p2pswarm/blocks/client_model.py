@@ -6,6 +6,7 @@ key-value cache.
 """
 
 import inspect
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -102,17 +103,16 @@ class SwarmBlocks(nn.Module):
         super().__init__()
         copy_settings(replaced, self)
         self.run_blocks = run_blocks
-        self.inputs: Mapping[str, Any] | None = None
-        """What the decoder was called with."""
+        self._called_with = threading.local()
+        """`inputs`: what the decoder was called with, in each thread that generates."""
 
     def remember_inputs(self, decoder: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
         """A forward pre-hook of the decoder, the module that runs the blocks."""
         bound = inspect.signature(decoder.forward).bind_partial(*arguments).arguments if arguments else {}
-        self.inputs = {**bound, **named}
+        self._called_with.inputs = {**bound, **named}
 
     def forward(self, hidden_states: torch.Tensor, *arguments: Any, **named_arguments: Any) -> torch.Tensor:
-        inputs, self.inputs = self.inputs, None
-        assert inputs is not None, "the blocks were called without their decoder"
+        inputs: Mapping[str, Any] = self._called_with.__dict__.pop("inputs")
         cache = inputs.get("past_key_values")
         if cache is not None and not isinstance(cache, SwarmCache):
             raise TypeError(f"past_key_values must be a SwarmCache (or None), not {type(cache).__name__}")

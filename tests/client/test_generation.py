@@ -177,6 +177,26 @@ async def test_three_sessions_generate_at_once(open_world) -> None:
         assert len(results) == 3
 
 
+async def test_one_models_threads_do_not_see_each_others_inputs(open_world) -> None:
+    """Each thread is between calling the model and calling its blocks when the other one comes."""
+    batch = torch.tensor([[0, 0, *PROMPT], [9, 8, *PROMPT]])
+    mask = (batch != 0).long()
+    async with open_world() as world:
+        expected = world.local(batch, attention_mask=mask).logits[:, -1]
+        got: list[torch.Tensor] = []
+
+        def run() -> None:
+            for _ in range(25):
+                got.append(world.model.shell(batch, attention_mask=mask, use_cache=False).logits[:, -1])
+                world.model.shell(batch[:, :3], use_cache=False)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(trio.to_thread.run_sync, run)
+        for logits in got:
+            torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
 async def test_text_longer_than_the_session_is_an_error_of_ours(open_world) -> None:
     async with open_world() as world, world.model.session(max_length=10) as session:
         first = await session.complete(PROMPT, max_new_tokens=3, **GREEDY)

@@ -53,7 +53,7 @@ class RecordStore:
     def size_bytes(self) -> int:
         return self._total.size_bytes
 
-    def keys(self) -> list[bytes]:
+    def held_keys(self) -> list[bytes]:
         return list(self._held)
 
     def put(self, record: SignedRecord, now_unix_s: float) -> Refusal | None:

@@ -116,7 +116,7 @@ class Upkeep:
     async def _hand_over(self, newcomer: Contact) -> None:
         own_id = node_id_of(self._neighbours.own_peer_id)
         contacts = list(self._neighbours.table.contacts())
-        keys = keys_to_hand_over(self._store.keys(), own_id, newcomer, contacts, self._config.k)
+        keys = keys_to_hand_over(self._store.held_keys(), own_id, newcomer, contacts, self._config.k)
         now_unix_s = self._clock.unix_time_s()
         records = [record for key in keys for record in self._store.get(key, now_unix_s)]
         for batch in _batches(records):

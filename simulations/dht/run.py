@@ -5,7 +5,7 @@
 Method. All nodes join one after the other over links of `--latency-ms`; owners store signed records, each once more
 with a higher sequence number; then, at one moment, some nodes are killed, some hang, and some begin to answer readers
 with records that are forged, oversized, replayed or expired, which a stranger also asks the holders to store. Honest
-nodes drawn at random then look up keys drawn at random, one after the other, in simulated time.
+nodes drawn at random then look up keys drawn at random. All times are simulated.
 """
 
 import argparse

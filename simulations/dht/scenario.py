@@ -6,7 +6,6 @@ The nodes are `p2pswarm.dht`'s own, over `MemoryNetwork`; nothing of their polic
 import hashlib
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import trio
@@ -47,6 +46,7 @@ class Scenario:
     latency_s: float = 0.025
     """One way: 50 ms there and back."""
     join_interval_s: float = 0.1
+    lookup_interval_s: float = 0.1
     seed: int = 1
 
 
@@ -82,9 +82,17 @@ class _Truth:
     newest: defaultdict[bytes, dict[PeerId, SignedRecord]] = field(default_factory=lambda: defaultdict(dict))
     bad: dict[SignedRecord, str] = field(default_factory=dict)
     bad_found: Counter[str] = field(default_factory=Counter)
+    num_expected: int = 0
+    num_missing: int = 0
+    lookup_times_s: list[float] = field(default_factory=list)
 
-    def judge(self, key: bytes, records: Iterable[SignedRecord]) -> None:
-        for record in records:
+    async def look_up(self, reader: DhtMember, key: bytes) -> None:
+        asked_at_s = trio.current_time()
+        found = await reader.dht.get(key)
+        self.lookup_times_s.append(trio.current_time() - asked_at_s)
+        self.num_expected += len(self.newest[key])
+        self.num_missing += sum(found.get(owner) != record for owner, record in self.newest[key].items())
+        for record in found.values():
             if record in self.bad:
                 self.bad_found[self.bad[record]] += 1
             elif self.newest[key].get(record.owner) != record:
@@ -106,23 +114,17 @@ async def _simulate(scenario: Scenario) -> Outcome:
         await _store_records(world, scenario, truth)
         readers, liars = _strike(world, scenario, truth)
         num_pushed = await _push_bad_records(world, readers, truth)
-        times_s: list[float] = []
-        num_expected = num_missing = 0
-        for _ in range(scenario.num_lookups):
-            key = world.random.choice(list(truth.newest))
-            asked_at_s = trio.current_time()
-            found = await world.random.choice(readers).dht.get(key)
-            times_s.append(trio.current_time() - asked_at_s)
-            num_expected += len(truth.newest[key])
-            num_missing += sum(found.get(owner) != record for owner, record in truth.newest[key].items())
-            truth.judge(key, found.values())
+        async with trio.open_nursery() as nursery:
+            for _ in range(scenario.num_lookups):
+                nursery.start_soon(truth.look_up, world.random.choice(readers), world.random.choice(list(truth.newest)))
+                await trio.sleep(scenario.lookup_interval_s)
         return Outcome(
             num_records=sum(map(len, truth.newest.values())),
-            num_expected=num_expected,
-            num_missing=num_missing,
+            num_expected=truth.num_expected,
+            num_missing=truth.num_missing,
             bad_records=truth.bad_found,
             num_lies=num_pushed + sum(liar.num_lies for liar in liars),
-            lookup_times_s=tuple(times_s),
+            lookup_times_s=tuple(truth.lookup_times_s),
             requests_per_join=requests_per_join,
             contacts_per_node=contacts_per_node,
         )
@@ -138,19 +140,24 @@ async def _join_all(world: DhtWorld, scenario: Scenario) -> None:
 
 async def _store_records(world: DhtWorld, scenario: Scenario, truth: _Truth) -> None:
     """Each owner stores a record and then a newer one; one more owner per key stores one that soon expires."""
-    for index in range(scenario.num_keys):
-        key = hashlib.sha256(b"key %d" % index).digest()
-        *owners, forgetful = world.random.sample(world.members, scenario.owners_per_key + 1)
-        for owner in owners:
-            older, newest = _record(world, owner, key, 1), _record(world, owner, key, 2)
-            await owner.dht.put(older)
-            await owner.dht.put(newest)
-            truth.newest[key][newest.owner] = newest
-            truth.bad |= bad_records(newest, older, world.random, world.clock)
-        expiring = _record(world, forgetful, key, 1, SHORT_LIFETIME_S)
-        await forgetful.dht.put(expiring)
-        truth.bad[expiring] = "expired"
+    async with trio.open_nursery() as nursery:
+        for index in range(scenario.num_keys):
+            key = hashlib.sha256(b"key %d" % index).digest()
+            *owners, forgetful = world.random.sample(world.members, scenario.owners_per_key + 1)
+            for owner in owners:
+                older, newest = _record(world, owner, key, 1), _record(world, owner, key, 2)
+                nursery.start_soon(_put_both, owner, older, newest)
+                truth.newest[key][newest.owner] = newest
+                truth.bad |= bad_records(newest, older, world.random, world.clock)
+            expiring = _record(world, forgetful, key, 1, SHORT_LIFETIME_S)
+            nursery.start_soon(forgetful.dht.put, expiring)
+            truth.bad[expiring] = "expired"
     await trio.sleep(SHORT_LIFETIME_S)
+
+
+async def _put_both(owner: DhtMember, older: SignedRecord, newest: SignedRecord) -> None:
+    await owner.dht.put(older)
+    await owner.dht.put(newest)
 
 
 def _record(

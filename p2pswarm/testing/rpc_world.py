@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import trio
 
 from p2pswarm.core.ids import PeerId, SessionId
-from p2pswarm.net.network import Network, Stream
+from p2pswarm.net.network import Network, Stream, StreamHandler
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL, RpcLimits
 from p2pswarm.rpc.remote_session import RemoteSession
@@ -31,7 +31,9 @@ class World:
     server_scope: trio.CancelScope
     peer_id: PeerId
     """The server's."""
+    server_network: Network
     network: Network
+    """The first client's."""
     client: RpcClient
     other_client: RpcClient
 
@@ -47,6 +49,10 @@ class World:
     ) -> AbstractAsyncContextManager[RemoteSession]:
         client = self.other_client if other else self.client
         return client.open_session(self.peer_id, open_request(session_id, max_length, batch_size), TIMEOUT_S)
+
+    def serve_instead(self, handler: StreamHandler) -> None:
+        """Puts a server that may do anything in the place of ours."""
+        self.server_network.serve(RPC_PROTOCOL, handler)
 
     async def hear(self, framed: FramedStream) -> Message | None:
         """The server's next message."""
@@ -93,6 +99,14 @@ async def open_world(
         for client in (network, other):
             await client.connect(node.addresses[0])
         yield World(
-            memory, service, server, scope, node.peer_id, network, RpcClient(network, limits), RpcClient(other, limits)
+            memory=memory,
+            service=service,
+            server=server,
+            server_scope=scope,
+            peer_id=node.peer_id,
+            server_network=node,
+            network=network,
+            client=RpcClient(network, limits),
+            other_client=RpcClient(other, limits),
         )
         tasks.cancel_scope.cancel()

@@ -18,7 +18,8 @@ from p2pswarm.core.errors import (
 )
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.span import Span
-from p2pswarm.rpc.limits import RPC_PROTOCOL, RpcLimits
+from p2pswarm.net.network import Stream
+from p2pswarm.rpc.limits import RpcLimits
 from p2pswarm.testing.rpc_world import TIMEOUT_S, open_world
 from p2pswarm.testing.running_sum_service import (
     SUM_MODEL,
@@ -200,13 +201,12 @@ async def test_answers_that_do_not_fit_are_refused(
 ) -> None:
     async with open_world() as world:
 
-        async def answer_anything(stream) -> None:
+        async def answer_anything(stream: Stream) -> None:
             await stream.read()
             if answer is not None:
                 await stream.write(*encode_message(answer))
             await stream.close_write()
 
-        liar = world.memory._living(world.peer_id)
-        liar.serve(RPC_PROTOCOL, answer_anything)
+        world.serve_instead(answer_anything)
         with pytest.raises(error, match=complaint):
             await world.client.forward(world.peer_id, BATCH, TIMEOUT_S)

@@ -78,6 +78,11 @@ def decode_message(frame: Frame, limits: WireLimits = DEFAULT_LIMITS, peer_id: P
         raise MalformedMessage(f"{kind.name} from {peer_id or 'the peer'}: {error}", peer_id) from error
 
 
+def message_types() -> tuple[str, ...]:
+    """The types of message that this node understands."""
+    return tuple(_KINDS_BY_NAME)
+
+
 def sender_version(frame: Frame, peer_id: PeerId | None = None) -> int:
     """The newest protocol version that the sender of the frame speaks."""
     return Fields(frame.header, "header", peer_id).integer("version", default=1)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pswarm.core.errors import CodecError
-from p2pswarm.wire.codecs import decode_tensor, encode_tensor
+from p2pswarm.wire.codecs import decode_tensor, encode_tensor, is_finite
 from p2pswarm.wire.messages import Codec, WireTensor
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.bool]
@@ -143,3 +143,13 @@ def test_whole_numbers_travel_as_they_are_whatever_the_codec() -> None:
 def test_dtypes_that_do_not_travel_are_refused() -> None:
     with pytest.raises(CodecError, match=r"not torch\.float64"):
         encode_tensor(torch.zeros(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_value_that_is_not_finite_is_noticed(bad: float, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(2, 3, 4, dtype=dtype)
+    assert is_finite(tensor)
+    assert is_finite(tensor[:, :0])
+    tensor[1, 2, 3] = bad
+    assert not is_finite(tensor)

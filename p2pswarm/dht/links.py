@@ -72,10 +72,12 @@ class Links:
         link = self._links.get(peer_id)
         return link is not None and link.stream is not None
 
-    async def ask(self, peer_id: PeerId, request: Request, sender_addresses: tuple[str, ...]) -> Envelope:
+    async def ask(
+        self, peer_id: PeerId, request: Request, sender_addresses: tuple[str, ...], timeout_s: float
+    ) -> Envelope:
         """The peer's answer. Requests to one peer take turns; when one gets no answer, those behind it fail with it.
 
-        Raises `NetworkError` (`DeadlineExceeded` after `request_timeout_s`) or `ProtocolViolation`.
+        Raises `NetworkError` (`DeadlineExceeded` after `timeout_s` of its turn) or `ProtocolViolation`.
         """
         link = self._links.setdefault(peer_id, _Link(trio.current_time()))
         num_failures = link.num_failures
@@ -84,7 +86,7 @@ class Links:
             async with link.lock, self._outgoing:
                 if link.num_failures != num_failures:
                     raise ConnectionLost(f"an earlier request to {peer_id} failed", peer_id)
-                return await self._ask_in_turn(peer_id, link, Envelope(request, sender_addresses))
+                return await self._ask_in_turn(peer_id, link, Envelope(request, sender_addresses), timeout_s)
         finally:
             link.num_users -= 1
             link.used_at_s = trio.current_time()
@@ -103,15 +105,14 @@ class Links:
         for peer_id in list(self._links):
             self._close(peer_id)
 
-    async def _ask_in_turn(self, peer_id: PeerId, link: _Link, envelope: Envelope) -> Envelope:
+    async def _ask_in_turn(self, peer_id: PeerId, link: _Link, envelope: Envelope, timeout_s: float) -> Envelope:
         has_answer = False
         try:
-            with trio.fail_after(self._config.request_timeout_s):
+            with trio.fail_after(timeout_s):
                 answer = await self._exchange(peer_id, link, envelope)
             has_answer = True
         except trio.TooSlowError:
-            within = f"{self._config.request_timeout_s:g} s"
-            raise DeadlineExceeded(f"{peer_id} did not answer a DHT request within {within}", peer_id) from None
+            raise DeadlineExceeded(f"{peer_id} did not answer a DHT request within {timeout_s:g} s", peer_id) from None
         finally:
             if not has_answer:
                 link.num_failures += 1

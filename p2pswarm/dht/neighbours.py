@@ -67,13 +67,16 @@ class Neighbours:
             self._own_addresses_until_s = trio.current_time() + OWN_ADDRESSES_S
         return self._own_addresses
 
-    async def ask(self, contact: Contact, request: Request, wanted: type[ReplyT]) -> ReplyT | None:
+    async def ask(
+        self, contact: Contact, request: Request, wanted: type[ReplyT], timeout_s: float | None = None
+    ) -> ReplyT | None:
         """The contact's answer; None where it gave none that makes sense, and is left alone for a while."""
+        timeout_s = timeout_s or self._config.request_timeout_s
         if not self.links.is_open(contact.peer_id):
             self._network.add_addresses(contact.peer_id, contact.addresses)
         self.num_asked += 1
         try:
-            answer = await self.links.ask(contact.peer_id, request, self.own_addresses)
+            answer = await self.links.ask(contact.peer_id, request, self.own_addresses, timeout_s)
             if not isinstance(answer.message, wanted):
                 got = type(answer.message).__name__
                 raise ProtocolViolation(f"{contact.peer_id} answered {got} to {request}", contact.peer_id)
@@ -94,7 +97,8 @@ class Neighbours:
                 break
             except (NetworkError, RemoteError) as error:
                 logger.debug("%s", error)
-        return await self.ask(contact, FindNode(node_id_of(self.own_peer_id)), FoundNodes) is not None
+        request = FindNode(node_id_of(self.own_peer_id))
+        return await self.ask(contact, request, FoundNodes, self._config.bootstrap_timeout_s) is not None
 
     def heard_from(self, peer_id: PeerId, envelope: Envelope) -> None:
         """A sign of life: the peer answered, or asked us something. It enters the table if it serves."""

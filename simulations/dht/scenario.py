@@ -197,7 +197,7 @@ async def _push_bad_records(world: DhtWorld, readers: list[DhtMember], truth: _T
             holder = closest(contacts, key_id_of(record.key), 1)[0]
             stranger.add_addresses(holder.peer_id, holder.addresses)
             try:
-                await links.ask(holder.peer_id, Store((record,)), ())
+                await links.ask(holder.peer_id, Store((record,)), (), timeout_s=2.0)
             except NetworkError:
                 continue
             num_sent += 1

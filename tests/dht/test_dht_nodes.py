@@ -132,7 +132,7 @@ async def test_holders_refuse_bad_records_one_by_one_and_keep_the_good(autojump_
         async with world.memory.node(99, listens=False) as stranger:
             stranger.add_addresses(holder.network.peer_id, holder.network.addresses)
             links = Links(stranger, DhtConfig())
-            answer = await links.ask(holder.network.peer_id, Store((forged, good, expired, old)), ())
+            answer = await links.ask(holder.network.peer_id, Store((forged, good, expired, old)), (), timeout_s=2.0)
         assert answer.message == Stored((Refusal.BAD_SIGNATURE, None, Refusal.EXPIRED, Refusal.OLDER))
         assert await holder.dht.get(KEY) == {owner.network.peer_id: good}
 
@@ -319,12 +319,12 @@ async def test_a_stream_goes_on_after_a_request_that_makes_no_sense(autojump_clo
         await stranger.connect(server.addresses[0])
         links = Links(stranger, DhtConfig())
         with pytest.raises(ProtocolViolation, match="20 bytes"):
-            await links.ask(server.peer_id, FindNode(b"short"), ())
+            await links.ask(server.peer_id, FindNode(b"short"), (), timeout_s=2.0)
         with pytest.raises(ProtocolViolation, match="wanted a request"):
-            await links.ask(server.peer_id, Pong(), ())
-        assert isinstance((await links.ask(server.peer_id, Ping(), ())).message, Pong)
-        assert isinstance((await links.ask(server.peer_id, FindRecords(KEY), ())).message, FoundRecords)
-        assert isinstance((await links.ask(server.peer_id, FindNode(KEY[:20]), ())).message, FoundNodes)
+            await links.ask(server.peer_id, Pong(), (), timeout_s=2.0)
+        assert isinstance((await links.ask(server.peer_id, Ping(), (), timeout_s=2.0)).message, Pong)
+        assert isinstance((await links.ask(server.peer_id, FindRecords(KEY), (), timeout_s=2.0)).message, FoundRecords)
+        assert isinstance((await links.ask(server.peer_id, FindNode(KEY[:20]), (), timeout_s=2.0)).message, FoundNodes)
 
 
 async def test_streams_of_one_peer_are_limited_and_idle_ones_closed(autojump_clock):
@@ -355,7 +355,7 @@ async def _ask_once_and_stay(world: DhtWorld, number: int, server, task_status) 
     async with world.memory.node(number, listens=False) as stranger:
         await stranger.connect(server.addresses[0])
         links = Links(stranger, DhtConfig())
-        assert isinstance((await links.ask(server.peer_id, Ping(), ())).message, Pong)
+        assert isinstance((await links.ask(server.peer_id, Ping(), (), timeout_s=2.0)).message, Pong)
         task_status.started()
         await trio.sleep_forever()
 
@@ -368,7 +368,7 @@ async def test_a_peer_that_asks_too_fast_has_to_wait(autojump_clock):
         links = Links(stranger, DhtConfig())
         began_s = trio.current_time()
         for _ in range(25):
-            await links.ask(server.peer_id, Ping(), ())
+            await links.ask(server.peer_id, Ping(), (), timeout_s=2.0)
         assert trio.current_time() - began_s == pytest.approx(2.0, abs=0.5)
 
 

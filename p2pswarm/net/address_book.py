@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
-from p2pswarm.net.addresses import is_dialable, join_peer_address, parse_tcp_address, split_peer_address
+from p2pswarm.net.addresses import parse_tcp_address
 
 MAX_ADDRESSES_PER_PEER = 8
 """A machine with IPv4 and IPv6 on a few interfaces has 4 to 6."""
@@ -45,12 +45,7 @@ class AddressBook:
 
 def _transport_of(peer_id: PeerId, address: str) -> str | None:
     try:
-        if "/p2p/" in address:
-            transport, owner = split_peer_address(address)
-        else:
-            transport, owner = str(parse_tcp_address(address)), peer_id
+        parsed = parse_tcp_address(address.removesuffix(f"/p2p/{peer_id}"))
     except ConfigError:
         return None
-    if owner != peer_id or not is_dialable(join_peer_address(transport, peer_id)):
-        return None
-    return transport
+    return str(parsed) if parsed.is_dialable else None

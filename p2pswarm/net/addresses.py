@@ -34,6 +34,10 @@ class TcpAddress:
         """Whether it means every interface of the machine: fine to listen on, useless to dial."""
         return self.host in ("0.0.0.0", "::")
 
+    @property
+    def is_dialable(self) -> bool:
+        return self.port > 0 and not self.is_wildcard
+
 
 def parse_tcp_address(address: str) -> TcpAddress:
     """The address without its peer id. Raises `ConfigError` that says what was wrong with it."""
@@ -84,10 +88,9 @@ def is_dialable(address: str) -> bool:
     """Whether a stranger's peer address can be tried at all: well-formed, a real port, not a wildcard."""
     try:
         transport, _ = split_peer_address(address)
-        parsed = parse_tcp_address(transport)
+        return parse_tcp_address(transport).is_dialable
     except ConfigError:
         return False
-    return parsed.port > 0 and not parsed.is_wildcard
 
 
 def expand_wildcards(listening: Sequence[TcpAddress], interface_hosts: Sequence[str]) -> list[TcpAddress]:

@@ -5,6 +5,8 @@ its config has layers. What cannot be cut is refused here, with the reason; `REF
 only experience tells (`docs/architectures.md` is made by trying them all).
 """
 
+import inspect
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,19 @@ if TYPE_CHECKING:
 
 ATTENTION_KINDS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 """Layers whose memory is keys and values of every token, which can be cut off at any length."""
+
+RECURRENT = "remember a running state, which cannot be rolled back to an earlier token"
+COMPRESSED = "attend to compressed or selected tokens, and keep more than keys and values of each token for it"
+REASONS_AGAINST_KINDS: Mapping[str, str] = {
+    "linear_attention": RECURRENT,
+    "conv": RECURRENT,
+    "hybrid": RECURRENT,
+    "hybrid_sliding": RECURRENT,
+    "indexed_attention": COMPRESSED,
+    "compressed_sparse_attention": COMPRESSED,
+    "heavily_compressed_attention": COMPRESSED,
+    "dummy": "have no attention of their own, or use the keys and values of a layer that another server may hold",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,13 +61,17 @@ class Layout:
 
 
 def lay_out(config: "PretrainedConfig", dtype: torch.dtype) -> Layout:
-    """Builds the model of a config without weights. Raises `UnsupportedModelError` where it cannot be cut."""
+    """Builds the model of a config without weights. Raises `UnsupportedModelError` where it cannot be cut.
+
+    Of a model that also sees or hears, only the language model is built.
+    """
     check_config(config)
     text_config = config.get_text_config(decoder=True)
-    model_class = _model_class(config)
-    model = _build(model_class, config, dtype)
+    model = _build(_model_class(text_config), text_config, dtype)
     num_blocks = int(text_config.num_hidden_layers)
-    return Layout(model, _find_blocks(model, num_blocks), num_blocks, int(text_config.hidden_size))
+    layout = Layout(model, _find_blocks(model, num_blocks), num_blocks, int(text_config.hidden_size))
+    _check_decoder(layout.decoder)
+    return layout
 
 
 def check_config(config: "PretrainedConfig") -> None:
@@ -73,19 +92,21 @@ def check_config(config: "PretrainedConfig") -> None:
         )
     if not isinstance(getattr(text_config, "num_hidden_layers", None), int):
         raise UnsupportedModelError(f"a {config.model_type} model has no plain stack of layers (no num_hidden_layers)")
-    kinds = set(layer_kinds(text_config))
-    if others := sorted(kinds - ATTENTION_KINDS):
-        raise UnsupportedModelError(
-            f"a {config.model_type} model has layers of the kinds {', '.join(others)}, "
-            "whose memory is not keys and values of each token, and cannot be rolled back"
-        )
+    for kind in sorted(set(layer_kinds(text_config)) - ATTENTION_KINDS):
+        reason = REASONS_AGAINST_KINDS.get(kind, "are unknown here")
+        raise UnsupportedModelError(f"some layers of a {config.model_type} model ({kind}) {reason}")
 
 
 def layer_kinds(text_config: "PretrainedConfig") -> list[str]:
     """What each layer remembers, in transformers' words (`full_attention`, `sliding_attention`, ...)."""
     from transformers.cache_utils import get_layer_types_and_kwargs
 
-    return list(get_layer_types_and_kwargs(text_config)[0])
+    try:
+        return list(get_layer_types_and_kwargs(text_config)[0])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"transformers cannot say what a {text_config.model_type} model keeps: {error}"
+        ) from error
 
 
 def layer_windows(config: "PretrainedConfig") -> list[int | None]:
@@ -116,6 +137,16 @@ def _build(model_class: type["PreTrainedModel"], config: "PretrainedConfig", dty
         model = model_class(config)
     model.train(False)
     return model
+
+
+def _check_decoder(decoder: nn.Module) -> None:
+    """Raises `UnsupportedModelError` unless hidden states and a cache can be handed to it."""
+    parameters = inspect.signature(decoder.forward).parameters
+    missing = sorted({"inputs_embeds", "past_key_values"} - parameters.keys())
+    if missing:
+        raise UnsupportedModelError(
+            f"the blocks are run by a {type(decoder).__name__}, which does not take {' and '.join(missing)}"
+        )
 
 
 def _find_blocks(model: nn.Module, num_blocks: int) -> str:

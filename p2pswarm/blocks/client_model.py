@@ -19,6 +19,7 @@ from p2pswarm.blocks.architecture import lay_out
 from p2pswarm.blocks.loading import load_weights
 from p2pswarm.blocks.stand_ins import PassThrough, as_layer_output, copy_settings
 from p2pswarm.blocks.weight_source import WeightSource
+from p2pswarm.core.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,6 +154,44 @@ def _unusual_positions(position_ids: torch.Tensor | None, position: int, num_tok
     return None if bool((position_ids == usual).all()) else position_ids
 
 
+@torch.inference_mode()
+def _check_blocks_see_no_tokens(decoder: nn.Module, blocks: SwarmBlocks, device: torch.device) -> None:
+    """Raises `UnsupportedModelError` when blocks are told more of the tokens than their hidden states.
+
+    Whatever else they are told (masks, rotary embeddings), a server works out by itself, without the tokens.
+    """
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def record(module: nn.Module, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states = () if arguments else ("hidden_states",)
+        calls.append((arguments[1:], {name: value for name, value in named.items() if name not in states}))
+
+    run_blocks, blocks.run_blocks = blocks.run_blocks, lambda call: call.hidden_states
+    hook = blocks.register_forward_pre_hook(record, with_kwargs=True)
+    try:
+        for token in (0, 1):
+            decoder(input_ids=torch.full((1, 2), token, device=device), use_cache=False)
+    finally:
+        hook.remove()
+        blocks.run_blocks = run_blocks
+    if not _same(*calls):
+        raise UnsupportedModelError(
+            f"the blocks of a {type(decoder).__name__} are told more of each token than its hidden state, "
+            "which a server cannot know"
+        )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two nested structures of tensors are equal."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list) and isinstance(other, tuple | list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    return True
+
+
 def load_client_model(
     source: WeightSource,
     run_blocks: RunBlocks,
@@ -172,6 +211,7 @@ def load_client_model(
     for index, layer in enumerate(blocks):
         blocks[index] = PassThrough(layer) if index else first
     load_weights(layout.model, source, dtype=dtype, device=device)
+    _check_blocks_see_no_tokens(layout.decoder, first, device)
     if source.generation_config is not None:
         layout.model.generation_config = source.generation_config
     return layout.model

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.utils.loading_report import LoadStateDictInfo
 
+LANGUAGE_MODEL_NAMES = {
+    r"^(model\.)?language_model\.lm_head\.": "lm_head.",
+    r"^(model\.)?language_model\.(model\.)?": "model.",
+}
+"""How models that also see or hear call the tensors of their language model, and how it calls them by itself."""
+
 NAMES_IN_MESSAGE = 8
 """How many tensors an error lists; a wrong checkpoint may lack thousands."""
 
@@ -37,7 +43,7 @@ def load_weights(model: "PreTrainedModel", source: WeightSource, *, dtype: torch
         device_map={"": device},
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
-        weight_mapping=get_model_conversion_mapping(model),  # type: ignore[arg-type]
+        weight_mapping=get_model_conversion_mapping(model, LANGUAGE_MODEL_NAMES),  # type: ignore[arg-type]
     )
     with without_progress_bars():
         tensors = source.read(_needed(source.tensor_names, model, held))
@@ -55,7 +61,7 @@ def _needed(tensor_names: Collection[str], model: "PreTrainedModel", held: dict[
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    rules = get_model_conversion_mapping(model)
+    rules = get_model_conversion_mapping(model, LANGUAGE_MODEL_NAMES)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = model.base_model_prefix

@@ -126,7 +126,9 @@ class SpanModel:
         passage = self._passage
         passage.blocks, passage.hidden_states, passage.output = wanted, states, None
         try:
-            self._decoder(inputs_embeds=states, past_key_values=cache, use_cache=cache is not None, **arguments)
+            # Zeros of the right shape: some models scale in place what they are given for embeddings.
+            placeholder = torch.zeros_like(states)
+            self._decoder(inputs_embeds=placeholder, past_key_values=cache, use_cache=cache is not None, **arguments)
             assert passage.output is not None, "the decoder did not run its blocks"
             return passage.output
         except BaseException:

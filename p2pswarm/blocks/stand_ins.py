@@ -89,12 +89,13 @@ def copy_settings(replaced: nn.Module, stand_in: nn.Module) -> None:
 
 def empty_outside(model: nn.Module, kept_path: str) -> None:
     """Replaces every module with parameters of its own that is not under `kept_path`."""
+    replaced: list[str] = []
     for name, module in list(model.named_modules()):
-        if name == kept_path or name.startswith(f"{kept_path}."):
+        if any(name == path or name.startswith(f"{path}.") for path in (kept_path, *replaced)):
             continue
-        if not name or next(module.parameters(recurse=False), None) is None:
-            continue
-        model.set_submodule(name, _stand_in(module))
+        if name and next(module.parameters(recurse=False), None) is not None:
+            model.set_submodule(name, _stand_in(module))
+            replaced.append(name)
 
 
 def _stand_in(module: nn.Module) -> nn.Module:

@@ -24,6 +24,7 @@ class RpcLimits:
     """Bytes of requests that are still coming or not yet answered: four of the longest at once."""
 
     first_message_timeout_s: float = 10.0
+    """As for the other times below: a message under way may take longer (`wire.framed_stream.SLOWEST_BYTES_PER_S`)."""
     idle_stream_timeout_s: float = 120.0
     idle_session_timeout_s: float = 600.0
     """A person thinks between two turns of a chat; the cache is kept so long."""

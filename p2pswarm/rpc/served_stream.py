@@ -76,8 +76,7 @@ class ServedStream:
         return 0.0 if self._resting_since is None else trio.current_time() - self._resting_since
 
     def hand_back(self) -> None:
-        """Ends the stream, in the middle of a request too; a peer that waits or has a session is told to go
-        elsewhere."""
+        """Ends the stream, in the middle of a request too; a peer that waits or has a session is told so."""
         self._scope.cancel()
 
     async def run(self) -> None:
@@ -198,23 +197,13 @@ class ServedStream:
 
     async def _receive(self, timeout_s: float) -> Message | None:
         self._resting_since = trio.current_time()
-        try:
-            with trio.fail_after(timeout_s):
-                message = await self._framed.receive()
-        except trio.TooSlowError as error:
-            raise DeadlineExceeded(f"no message came for {timeout_s:g} s", self._peer_id) from error
+        message = await self._framed.receive(timeout_s)
         self._resting_since = None
         return message
 
     async def _send(self, message: Message) -> None:
         self._is_sending = True
-        try:
-            with trio.fail_after(self._limits.send_timeout_s):
-                await self._framed.send(message)
-        except trio.TooSlowError as error:
-            raise DeadlineExceeded(
-                f"no answer was taken for {self._limits.send_timeout_s:g} s", self._peer_id
-            ) from error
+        await self._framed.send(message, self._limits.send_timeout_s)
         self._is_sending = False
 
     async def _say_goodbye(self, reply: ErrorReply) -> None:

@@ -27,10 +27,10 @@ _INT8_MAX = 127
 
 
 def encode_tensor(tensor: torch.Tensor, codec: Codec = Codec.NONE) -> WireTensor:
-    """The tensor, ready to be sent. Shares memory with a contiguous CPU tensor, which may not change until it has
-    been sent.
+    """The tensor, ready to be sent.
 
-    Integer and bool tensors always travel as they are. Raises `CodecError` for values that the codec cannot carry.
+    Shares memory with a contiguous CPU tensor, which may not change until it has been sent. Integer and bool tensors
+    always travel as they are. Raises `CodecError` for values that the codec cannot carry.
     """
     name = _NAMES.get(tensor.dtype)
     if name is None:

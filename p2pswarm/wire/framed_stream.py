@@ -3,16 +3,23 @@
 Knows no protocol: who sends what when is for `rpc/`. Works over anything shaped as `net.network.Stream`.
 """
 
+import math
 from typing import Protocol
 
-from p2pswarm.core.errors import ProtocolViolation
+import trio
+
+from p2pswarm.core.errors import DeadlineExceeded, ProtocolViolation
 from p2pswarm.core.ids import PeerId
-from p2pswarm.wire.frames import DEFAULT_LIMITS, Buffer, FrameDecoder, WireLimits
+from p2pswarm.wire.frames import DEFAULT_LIMITS, Buffer, Frame, FrameDecoder, WireLimits, num_bytes
 from p2pswarm.wire.messages import PROTOCOL_VERSION, Message
 from p2pswarm.wire.serialization import decode_message, encode_message, sender_version
 
 READ_BYTES = 256 << 10
 """Also what a peer may have us hold, for each stream, beyond the message that is being worked on."""
+
+
+SLOWEST_BYTES_PER_S = 16 << 10
+"""A path slower than this is as good as none; a peer that sends or reads a message in crumbs loses its stream."""
 
 
 class ByteStream(Protocol):
@@ -63,26 +70,49 @@ class FramedStream:
         """The newest protocol version that both sides speak, as far as the peer has said."""
         return self._version
 
-    async def send(self, message: Message) -> None:
-        """Returns when the message is queued. Raises `ConnectionLost`."""
-        await self._stream.write(*encode_message(message))
+    async def send(self, message: Message, timeout_s: float = math.inf) -> None:
+        """Returns when the message is queued. Raises `ConnectionLost`.
 
-    async def receive(self) -> Message | None:
+        A peer that does not take it within `timeout_s`, and the time that a slow path needs, is `DeadlineExceeded`.
+        """
+        buffers = encode_message(message)
+        path_s = sum(map(num_bytes, buffers)) / SLOWEST_BYTES_PER_S
+        try:
+            with trio.fail_after(timeout_s + path_s):
+                await self._stream.write(*buffers)
+        except trio.TooSlowError as error:
+            raise DeadlineExceeded(f"{self.peer_id} took no answer for {timeout_s:g} s", self.peer_id) from error
+
+    async def receive(self, timeout_s: float = math.inf) -> Message | None:
         """The next message, None when the peer has closed its side between two messages.
+
+        A peer from which none comes within `timeout_s`, and the time that a slow path needs for what has come of it, is
+        `DeadlineExceeded`.
 
         The message before it counts as dealt with. Raises `ConnectionLost`; `MalformedMessage`, after which the
         stream can go on; any other `ProtocolViolation`, after which it cannot.
         """
+        try:
+            with trio.fail_after(timeout_s) as scope:
+                frame = await self._receive_frame(scope)
+        except trio.TooSlowError as error:
+            raise DeadlineExceeded(f"no message came from {self.peer_id} for {timeout_s:g} s", self.peer_id) from error
+        if frame is None:
+            return None
+        self._charge(frame.body.nbytes)
+        self._version = min(PROTOCOL_VERSION, sender_version(frame, self.peer_id))
+        return decode_message(frame, self._limits, self.peer_id)
+
+    async def _receive_frame(self, scope: trio.CancelScope) -> Frame | None:
         while (frame := self._decoder.next_frame()) is None:
             self._charge(self._decoder.held_bytes)
             data = await self._stream.read(READ_BYTES)
             if not data:
                 self._check_end()
                 return None
+            scope.deadline += len(data) / SLOWEST_BYTES_PER_S
             self._decoder.feed(data)
-        self._charge(frame.body.nbytes)
-        self._version = min(PROTOCOL_VERSION, sender_version(frame, self.peer_id))
-        return decode_message(frame, self._limits, self.peer_id)
+        return frame
 
     async def close_write(self) -> None:
         await self._stream.close_write()

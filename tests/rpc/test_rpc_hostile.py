@@ -15,9 +15,10 @@ from p2pswarm.core.errors import ConnectionLost, ServerBusy
 from p2pswarm.core.ids import SessionId
 from p2pswarm.net.network import Stream
 from p2pswarm.rpc.limits import RpcLimits
+from p2pswarm.testing.memory_network import Link
 from p2pswarm.testing.rpc_world import TIMEOUT_S, World, open_request, open_world, step
 from p2pswarm.testing.running_sum_service import SUM_MODEL, SUM_SPAN, wire_rows
-from p2pswarm.wire.framed_stream import FramedStream
+from p2pswarm.wire.framed_stream import SLOWEST_BYTES_PER_S, FramedStream
 from p2pswarm.wire.frames import encode_frame
 from p2pswarm.wire.messages import (
     ErrorCode,
@@ -246,9 +247,18 @@ async def test_a_reader_that_never_reads_blocks_nobody_and_is_dropped(autojump_c
         await stream.write(*encode_message(big))
         await trio.sleep(10)
         assert world.server.statistics().num_busy >= 1
-        await trio.sleep(31)
+        await trio.sleep(30 + 2_000_000 / SLOWEST_BYTES_PER_S)
         assert world.server.statistics().num_streams == 1
         assert world.server.statistics().received_bytes == 0
+
+
+async def test_a_long_request_over_a_slow_path_gets_its_time(autojump_clock: MockClock) -> None:
+    async with open_world() as world:
+        world.memory.set_link(world.peer_id, world.network.peer_id, Link(0.1, bandwidth_bytes_per_s=20_000))
+        tokens = WireTensor("float32", (1, 500_000, 1), bytes(2_000_000))
+        reply = await world.client.forward(world.peer_id, Forward(SUM_MODEL, SUM_SPAN, tokens), 300.0)
+        assert reply.hidden_states == tokens
+        assert trio.current_time() > 200
 
 
 async def test_a_request_that_trickles_in_has_a_deadline(autojump_clock: MockClock) -> None:

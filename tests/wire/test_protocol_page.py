@@ -9,6 +9,7 @@ import torch
 
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL
 from p2pswarm.wire.codecs import encode_tensor
+from p2pswarm.wire.framed_stream import SLOWEST_BYTES_PER_S
 from p2pswarm.wire.frames import DEFAULT_LIMITS, FrameDecoder
 from p2pswarm.wire.messages import INT8_BLOCK, ITEM_BYTES, PROTOCOL_VERSION, Codec, ErrorCode, Step
 from p2pswarm.wire.serialization import MAX_PEERS_TOLD, encode_message, message_types
@@ -56,6 +57,7 @@ def test_all_codecs_and_dtypes_are_listed() -> None:
 @pytest.mark.parametrize(
     "statement",
     [
+        f"| a message under way | {SLOWEST_BYTES_PER_S >> 10} KiB/s:",
         f"| frame | {DEFAULT_LIMITS.max_frame_bytes >> 20} MiB |",
         f"| header | {DEFAULT_LIMITS.max_header_bytes >> 10} KiB, not empty |",
         f"| tensors in a frame | {DEFAULT_LIMITS.max_tensors} |",
@@ -69,7 +71,7 @@ def test_all_codecs_and_dtypes_are_listed() -> None:
         f"| sessions of one peer | {DEFAULT_RPC_LIMITS.max_sessions_per_peer},",
         f"in work | {DEFAULT_RPC_LIMITS.max_received_bytes >> 30} GiB, "
         f"of one peer {DEFAULT_RPC_LIMITS.max_received_bytes_per_peer >> 20} MiB |",
-        f"| within {DEFAULT_RPC_LIMITS.first_message_timeout_s:g} s, whole |",
+        f"| within {DEFAULT_RPC_LIMITS.first_message_timeout_s:g} s |",
         f"| next call on a stream | within {DEFAULT_RPC_LIMITS.idle_stream_timeout_s:g} s |",
         f"| next step of a session | within {DEFAULT_RPC_LIMITS.idle_session_timeout_s:g} s |",
         f"| answered within {DEFAULT_RPC_LIMITS.call_timeout_s:g} s |",

@@ -77,11 +77,10 @@ class FramedStream:
         """
         buffers = encode_message(message)
         path_s = sum(map(num_bytes, buffers)) / SLOWEST_BYTES_PER_S
-        try:
-            with trio.fail_after(timeout_s + path_s):
-                await self._stream.write(*buffers)
-        except trio.TooSlowError as error:
-            raise DeadlineExceeded(f"{self.peer_id} took no answer for {timeout_s:g} s", self.peer_id) from error
+        with trio.move_on_after(timeout_s + path_s) as scope:
+            await self._stream.write(*buffers)
+        if scope.cancelled_caught:
+            raise DeadlineExceeded(f"{self.peer_id} took no answer for {timeout_s:g} s", self.peer_id)
 
     async def receive(self, timeout_s: float = math.inf) -> Message | None:
         """The next message, None when the peer has closed its side between two messages.
@@ -92,11 +91,11 @@ class FramedStream:
         The message before it counts as dealt with. Raises `ConnectionLost`; `MalformedMessage`, after which the
         stream can go on; any other `ProtocolViolation`, after which it cannot.
         """
-        try:
-            with trio.fail_after(timeout_s) as scope:
-                frame = await self._receive_frame(scope)
-        except trio.TooSlowError as error:
-            raise DeadlineExceeded(f"no message came from {self.peer_id} for {timeout_s:g} s", self.peer_id) from error
+        frame = None
+        with trio.move_on_after(timeout_s) as scope:
+            frame = await self._receive_frame(scope)
+        if scope.cancelled_caught:
+            raise DeadlineExceeded(f"no message came from {self.peer_id} for {timeout_s:g} s", self.peer_id)
         if frame is None:
             return None
         self._charge(frame.body.nbytes)

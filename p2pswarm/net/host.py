@@ -160,8 +160,6 @@ class Host:
         with trio.move_on_after(self._config.dial_timeout_s):
             connection = await self._dial_any(peer_id, transports, failures)
             if connection is not None:
-                self._remember(connection)
-                self._nursery.start_soon(self._run_connection, connection)
                 return connection
         reasons = "; ".join(failures) or f"no answer within {self._config.dial_timeout_s} s"
         raise PeerUnreachable(f"{peer_id} cannot be reached at {', '.join(transports)}: {reasons}", peer_id)
@@ -172,7 +170,9 @@ class Host:
 
         async def try_one(transport: str, has_failed: trio.Event) -> None:
             try:
-                connected.append(await self._dial_one(peer_id, parse_tcp_address(transport)))
+                connection = await self._dial_one(peer_id, parse_tcp_address(transport))
+                connected.append(connection)
+                self._adopt(connection)  # now, since what comes next may be cancelled
                 nursery.cancel_scope.cancel()
             except (OSError, NetworkError) as error:
                 failures.append(f"{transport}: {error}")
@@ -186,7 +186,7 @@ class Host:
                 with trio.move_on_after(self._config.dial_stagger_s):
                     await has_failed.wait()
         for surplus in connected[1:]:
-            self._nursery.start_soon(self._discard, surplus)
+            self._nursery.start_soon(surplus.close)
         return connected[0] if connected else None
 
     async def _dial_one(self, peer_id: PeerId, address: TcpAddress) -> Connection:
@@ -199,6 +199,10 @@ class Host:
             await connection.close()
 
     # Connections
+
+    def _adopt(self, connection: Connection) -> None:
+        self._remember(connection)
+        self._nursery.start_soon(self._run_connection, connection)
 
     def _remember(self, connection: Connection) -> None:
         self._connections.setdefault(connection.peer_id, []).append(connection)

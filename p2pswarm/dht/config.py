@@ -69,6 +69,8 @@ class DhtConfig:
     """Buckets filled when a serving node joins; the others follow one per `refresh_period_s`."""
     handover_delay_s: float = 0.5
     """Newcomers within this time are served together."""
+    settle_s: float = 60.0
+    """Two renewals of an announcement: by then a newcomer holds all that it should."""
     housekeeping_period_s: float = 15.0
     """Expired records are dropped, idle streams closed, known peers saved."""
     refresh_period_s: float = 60.0

@@ -23,7 +23,7 @@ from p2pswarm.dht.messages import Envelope, FindNode, FoundNodes, Ping, Pong, Re
 from p2pswarm.dht.table import PeerTable
 from p2pswarm.net.network import Network
 
-MAX_NEWCOMERS = 64
+MAX_NEWCOMERS = 256
 """Waiting for records to be handed over; those beyond wait for the owners' renewals instead."""
 MAX_HEARD_OF = 1024
 """Contacts that others named and we never asked: a lookup that starts from them saves a hop, which is worth a dial."""
@@ -48,6 +48,7 @@ class Neighbours:
         self.bad_peers = BadPeers(config.bad_peer_s, config.max_bad_peer_s)
         self.num_asked = 0
         self.num_unanswered = 0
+        self._came_at_s: dict[PeerId, float] = {}
         self._heard_of: OrderedDict[PeerId, Contact] = OrderedDict()
         self._own_addresses: tuple[str, ...] = ()
         self._own_addresses_until_s = 0.0
@@ -111,9 +112,20 @@ class Neighbours:
         in_the_way = self.table.seen(contact)
         if in_the_way is not None:
             self._test(in_the_way)
-        elif is_new and len(self._newcomers) < MAX_NEWCOMERS:
-            self._newcomers[peer_id] = contact
+        elif is_new:
+            self._came(contact)
+
+    def _came(self, contact: Contact) -> None:
+        self._came_at_s[contact.peer_id] = trio.current_time()
+        if len(self._newcomers) < MAX_NEWCOMERS:
+            self._newcomers[contact.peer_id] = contact
             self._changed.set()
+
+    def settled_contacts(self) -> list[Contact]:
+        """Those in the table for so long that they hold what they should."""
+        latest_s = trio.current_time() - self._config.settle_s
+        came_at_s = self._came_at_s
+        return [contact for contact in self.table.contacts() if came_at_s.get(contact.peer_id, 0.0) <= latest_s]
 
     def hear_of(self, contacts: Iterable[Contact]) -> list[Contact]:
         """Those of a stranger's contacts that are worth asking: not ourselves, and not silent lately."""
@@ -160,6 +172,7 @@ class Neighbours:
         self.num_unanswered += 1
         self.bad_peers.failed(peer_id, trio.current_time())
         self.table.remove(peer_id)
+        self._came_at_s.pop(peer_id, None)
         self._heard_of.pop(peer_id, None)
         if self.is_alone:
             self._changed.set()

@@ -23,6 +23,8 @@ from p2pswarm.dht.walk import Walks
 
 JITTER = 0.2
 """Waits vary by this part, up and down."""
+KEYS_BETWEEN_BREATHS = 256
+"""Choosing among this many takes 3 ms; then other tasks have their turn."""
 
 
 class Upkeep:
@@ -115,8 +117,14 @@ class Upkeep:
 
     async def _hand_over(self, newcomer: Contact) -> None:
         own_id = node_id_of(self._neighbours.own_peer_id)
-        contacts = list(self._neighbours.table.contacts())
-        keys = keys_to_hand_over(self._store.held_keys(), own_id, newcomer, contacts, self._config.k)
+        others = list(self._neighbours.table.contacts())
+        settled = self._neighbours.settled_contacts()
+        keys: list[bytes] = []
+        held_keys = self._store.held_keys()
+        for start in range(0, len(held_keys), KEYS_BETWEEN_BREATHS):
+            some_keys = held_keys[start : start + KEYS_BETWEEN_BREATHS]
+            keys += keys_to_hand_over(some_keys, own_id, newcomer, others, settled, self._config.k)
+            await trio.lowlevel.checkpoint()
         now_unix_s = self._clock.unix_time_s()
         records = [record for key in keys for record in self._store.get(key, now_unix_s)]
         for batch in _batches(records):

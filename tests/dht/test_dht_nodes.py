@@ -212,6 +212,23 @@ async def test_a_newcomer_is_handed_the_records_it_should_hold(autojump_clock):
         assert list(await newcomer.dht.get(KEY)) == [owner.network.peer_id]
 
 
+async def test_records_stored_while_thirty_nodes_join_at_once_are_found_by_all(autojump_clock):
+    async with open_dht_world(seed=30) as world:
+        first = await world.add()
+        owners = set()
+        async with trio.open_nursery() as nursery:
+            for index in range(29):
+                nursery.start_soon(world.add, [first])
+                await trio.sleep(0.05)
+                if index % 6 == 0:
+                    owner = world.members[-1]
+                    owners.add(owner.network.peer_id)
+                    nursery.start_soon(owner.dht.put, record_of(world, owner))
+        await trio.sleep(5)
+        for reader in world.members:
+            assert set(await reader.dht.get(KEY)) == owners
+
+
 async def test_a_node_finds_the_swarm_again_by_itself_after_an_outage_of_its_own(autojump_clock):
     async with world_of(5) as world:
         cut_off = world.members[4]

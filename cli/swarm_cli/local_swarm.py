@@ -37,6 +37,7 @@ class LocalSwarmPlan:
     spans: tuple[Span, ...]
     threads: int
     dtype: str = "float32"
+    device: str = "cpu"
 
 
 class ServerProcess:
@@ -158,7 +159,7 @@ def _command(plan: LocalSwarmPlan, span: Span, folder: Path) -> list[str]:
         "--host": "127.0.0.1",
         "--identity": str(folder / f"identity-{span.start}"),
         "--dtype": plan.dtype,
-        "--device": "cpu",
+        "--device": plan.device,
         "--threads": str(plan.threads),
         "--name": f"local-{span.start}-{span.end}",
     }

@@ -6,6 +6,7 @@ from pathlib import Path
 import platformdirs
 
 from p2pswarm.core.errors import ConfigError
+from p2pswarm.core.ids import PeerId
 from p2pswarm.routing.costs import CostModel
 from p2pswarm.wire.messages import Codec
 
@@ -44,9 +45,9 @@ class ClientConfig:
     """Servers whose round trip is measured before the first route."""
     codec: Codec = Codec.NONE
     """For hidden states, both ways. Other than NONE loses bits: the answers are no longer exactly the local model's."""
-    allowed_servers: frozenset[str] | None = None
-    """Peer ids or public names; None: any server."""
-    blocked_servers: frozenset[str] = frozenset()
+    allowed_servers: frozenset[PeerId] | None = None
+    """None: any server."""
+    blocked_servers: frozenset[PeerId] = frozenset()
     costs: CostModel = field(default_factory=CostModel)
 
     def timeout_s(self, num_tokens: int) -> float:

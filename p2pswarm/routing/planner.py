@@ -50,18 +50,17 @@ class Planner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServerFilter:
-    """Which servers the user wants used; peer ids or public names."""
+    """Which servers the user wants used. By peer id only: anyone may call himself what he likes."""
 
-    allowed: frozenset[str] | None = None
+    allowed: frozenset[PeerId] | None = None
     """Only these; None: any."""
-    blocked: frozenset[str] = frozenset()
+    blocked: frozenset[PeerId] = frozenset()
 
     def objection(self, server: ServerInfo) -> str | None:
         """Why the server may not be used; None when it may."""
-        names = {server.peer_id, server.public_name} - {""}
-        if self.allowed is not None and not names & self.allowed:
+        if self.allowed is not None and server.peer_id not in self.allowed:
             return "not among the allowed servers"
-        return "blocked" if names & self.blocked else None
+        return "blocked" if server.peer_id in self.blocked else None
 
 
 def objection(

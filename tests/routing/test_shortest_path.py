@@ -181,12 +181,13 @@ def test_shorter_ban_does_not_lift_a_longer_one() -> None:
     assert names(planner.plan(WHOLE, now_s=7.0)) == [("b", "0:6")]
 
 
-def test_allowed_and_blocked_servers_are_named_by_id_or_public_name() -> None:
-    servers = [server("a", 0, 6), replace(server("b", 0, 6), public_name="mine")]
-    assert names(planned(servers, only=ServerFilter(allowed=frozenset({"mine"})))) == [("b", "0:6")]
-    assert names(planned(servers, only=ServerFilter(blocked=frozenset({"a"})))) == [("b", "0:6")]
+def test_allowed_and_blocked_servers_are_named_by_peer_id_which_nobody_can_borrow() -> None:
+    servers = [server("a", 0, 6), replace(server("b", 0, 6), public_name="a")]
+    a, b = PeerId("a"), PeerId("b")
+    assert names(planned(servers, only=ServerFilter(allowed=frozenset({b})))) == [("b", "0:6")]
+    assert names(planned(servers, only=ServerFilter(blocked=frozenset({a})))) == [("b", "0:6")]
     with pytest.raises(MissingBlocksError, match="not among the allowed"):
-        planned(servers, only=ServerFilter(allowed=frozenset({"other"})))
+        planned(servers[1:], only=ServerFilter(allowed=frozenset({a})))
 
 
 def test_route_with_a_gap_cannot_be_made() -> None:

@@ -1,0 +1,42 @@
+"""The DHT as a whole, a third of it dead or hung and some of it lying: all that lives is found, fast, and nothing bad."""
+
+import sys
+
+import pytest
+
+from simulations.dht import run
+from simulations.dht.scenario import Scenario, simulate
+
+TINY = Scenario(num_nodes=25, num_keys=2, owners_per_key=4, num_lookups=10)
+
+
+def test_a_tiny_swarm_finds_everything_and_lets_nothing_bad_through():
+    outcome = simulate(TINY)
+    assert outcome.num_expected == 40
+    assert outcome.num_missing == 0
+    assert outcome.num_lies > 0
+    assert not outcome.bad_records
+
+
+def test_the_simulation_prints_its_question_its_seed_and_its_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    flags = "--nodes 10 --keys 1 --owners 2 --lookups 3 --seed 4 --dead 0.1 --hung 0 --lying 0"
+    monkeypatch.setattr(sys, "argv", ["run.py", *flags.split()])
+    run.main()
+    printed = capsys.readouterr().out
+    assert "Does the DHT find everything" in printed
+    assert "seed=4" in printed
+    assert "records found        6 of 6" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("latency_s", [0.025, 0.05])
+def test_five_hundred_nodes_a_third_dead_or_hung(latency_s: float):
+    """50 ms there and back; and, harder than asked for, 50 ms each way."""
+    outcome = simulate(Scenario(num_nodes=500, dead=0.3, hung=0.05, lying=0.05, latency_s=latency_s))
+    assert outcome.num_expected == 2000
+    assert outcome.num_missing == 0
+    assert outcome.num_lies > 1000
+    assert not outcome.bad_records
+    assert outcome.median_lookup_s < 1.0

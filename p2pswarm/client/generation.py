@@ -32,11 +32,21 @@ Prompt = torch.Tensor | Sequence[int] | None
 
 
 def generate_in_session(
-    generate: Callable[..., Any], session: Session, inputs: torch.Tensor | None, options: dict[str, Any]
+    model: PreTrainedModel,
+    generate: Callable[..., Any],
+    session: Session,
+    inputs: torch.Tensor | None,
+    options: dict[str, Any],
 ) -> Any:
-    """What transformers' `generate` returns: `inputs`, the new tokens, and what follows them. Blocking."""
+    """What `generate`, which is transformers' of `model`, returns: `inputs`, the new tokens, and what follows them.
+
+    Blocking.
+    """
     before = session.history
-    text = text_so_far(session, inputs, options.pop("attention_mask", None))
+    mask = options.pop("attention_mask", None)
+    if mask is None and inputs is not None:
+        mask = guessed_mask(inputs, model.generation_config, options)
+    text = text_so_far(session, inputs, mask)
     if options.get("use_cache", True):
         options["past_key_values"] = cache = SwarmCache()
         cache.position = min(session.position, before.length if before is not None else 0, text.length - 1)
@@ -76,6 +86,15 @@ def text_so_far(session: Session, inputs: torch.Tensor | None, attention_mask: t
     if attention_mask is not None and attention_mask.shape[1] == before.length + inputs.shape[1]:
         attention_mask = attention_mask[:, before.length :]
     return before.followed_by(inputs, attention_mask)
+
+
+def guessed_mask(token_ids: torch.Tensor, defaults: Any, options: dict[str, Any]) -> torch.Tensor | None:
+    """Where no mask is given, pad tokens are padding, unless they also end texts: transformers' own rule."""
+    pad_token_id = options.get("pad_token_id", defaults.pad_token_id)
+    ends = options.get("eos_token_id", defaults.eos_token_id)
+    if pad_token_id is None or pad_token_id in (ends if isinstance(ends, list) else [ends]):
+        return None
+    return token_ids.ne(pad_token_id)
 
 
 class GenerationStopped(Exception):
@@ -188,7 +207,7 @@ class GeneratingSession(Session):
     def _generate(self, inputs: torch.Tensor | None, options: dict[str, Any]) -> Any:
         with activated(ActiveSession(self, trio.from_thread.run)):
             shell: Any = self._shell
-            return generate_in_session(shell.generate, self, inputs, options)
+            return generate_in_session(shell, shell.generate, self, inputs, options)
 
 
 def as_batch(prompt: Prompt) -> torch.Tensor | None:

@@ -34,7 +34,6 @@ from p2pswarm.routing.planner import ServerFilter
 from p2pswarm.routing.shortest_path import ShortestPathPlanner
 from p2pswarm.rpc.client import RpcClient
 
-
 FIND_AGAIN_AFTER_S = 1.0
 """A server that started together with this client has announced itself by then."""
 

@@ -63,11 +63,12 @@ class DistributedCausalLM:
         """
         if inputs is None:
             inputs = options.pop("input_ids", None)
+        model: Any = self
         generate: Callable[..., Any] = super().generate  # type: ignore[misc]  # of the model class we are mixed into
         active = session.active if session is not None else active_session()
         if active is not None:
             with activated(active):
-                return generate_in_session(generate, active.session, inputs, options)
+                return generate_in_session(model, generate, active.session, inputs, options)
         with ExitStack() as own_sessions:
             token = _own_sessions.set(own_sessions)
             own_sessions.callback(_own_sessions.reset, token)

@@ -14,14 +14,14 @@ PROMPT = [5, 17, 99, 3, 42]
 GREEDY = {"do_sample": False}
 
 
-def local_tokens(world, prompt, **options) -> list[int]:
-    return world.local.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+def local_tokens(local, prompt, **options) -> list[int]:
+    return local.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
 
 
-async def test_streamed_greedy_tokens_are_the_local_models(open_world) -> None:
+async def test_streamed_greedy_tokens_are_the_local_models(open_world, local) -> None:
     async with open_world() as world, world.model.session(max_length=64) as session:
         tokens = [token async for token in session.generate(PROMPT, max_new_tokens=20, **GREEDY)]
-        assert tokens == local_tokens(world, PROMPT, max_new_tokens=20, **GREEDY)
+        assert tokens == local_tokens(local, PROMPT, max_new_tokens=20, **GREEDY)
         assert session.position == len(PROMPT) + 19
 
 
@@ -40,7 +40,7 @@ async def test_streamed_greedy_tokens_are_the_local_models(open_world) -> None:
     ],
     ids=lambda options: "-".join(options),
 )
-async def test_every_way_to_generate_gives_what_the_local_model_gives(open_world, options) -> None:
+async def test_every_way_to_generate_gives_what_the_local_model_gives(open_world, local, options) -> None:
     prompt = torch.tensor([PROMPT, PROMPT[::-1]])
     if "prompt_lookup_num_tokens" in options:
         prompt = prompt[:1]
@@ -48,39 +48,47 @@ async def test_every_way_to_generate_gives_what_the_local_model_gives(open_world
         torch.manual_seed(3)
         got = await session.complete(prompt, max_new_tokens=12, **options)
         torch.manual_seed(3)
-        expected = world.local.generate(prompt, max_new_tokens=12, **options)
+        expected = local.generate(prompt, max_new_tokens=12, **options)
         assert got.tolist() == expected.tolist()
 
 
-async def test_prompts_of_different_lengths_in_one_batch(open_world) -> None:
+async def test_prompts_of_different_lengths_in_one_batch(open_world, local) -> None:
     prompts = torch.tensor([[0, 0, 0, 7, 9], [0, 0, 4, 8, 15], PROMPT, [0, 11, 12, 13, 14]])
     mask = (prompts != 0).long()
     async with open_world() as world, world.model.session(max_length=64) as session:
         first = await session.complete(prompts, attention_mask=mask, max_new_tokens=10, **GREEDY)
-        expected = world.local.generate(prompts, attention_mask=mask, max_new_tokens=10, **GREEDY)
+        expected = local.generate(prompts, attention_mask=mask, max_new_tokens=10, **GREEDY)
         assert first.tolist() == expected.tolist()
         more = torch.tensor([[20, 21], [22, 23], [24, 25], [26, 27]])
         second = await session.complete(more, max_new_tokens=5, **GREEDY)
         whole = torch.cat([expected, more], dim=1)
         whole_mask = torch.cat([mask, torch.ones(4, 12, dtype=torch.long)], dim=1)
-        expected = world.local.generate(whole, attention_mask=whole_mask, max_new_tokens=5, **GREEDY)
+        expected = local.generate(whole, attention_mask=whole_mask, max_new_tokens=5, **GREEDY)
         assert second.tolist() == expected[:, 15:].tolist()
 
 
-async def test_turns_of_a_chat_go_on_where_the_last_one_stopped(open_world) -> None:
+async def test_pad_tokens_are_padding_where_no_mask_is_given_as_transformers_has_it(open_world, local) -> None:
+    prompts = torch.tensor([[0, 0, 7, 9], [4, 8, 15, 16]])
+    async with open_world() as world, world.model.session(max_length=64) as session:
+        got = await session.complete(prompts, max_new_tokens=6, **GREEDY)
+        assert got.tolist() == local.generate(prompts, max_new_tokens=6, **GREEDY).tolist()
+        assert session.history.attention_mask[:, :4].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
+
+
+async def test_turns_of_a_chat_go_on_where_the_last_one_stopped(open_world, local) -> None:
     async with open_world() as world, world.model.session(max_length=64) as session:
         text: list[int] = []
         for turn in ([5, 6, 7], [8, 9], [10]):
             text += turn
             before = session.position
             answer = [token async for token in session.generate(turn, max_new_tokens=6, **GREEDY)]
-            assert answer == local_tokens(world, text, max_new_tokens=6, **GREEDY)
+            assert answer == local_tokens(local, text, max_new_tokens=6, **GREEDY)
             text += answer
             assert session.position == len(text) - 1 > before
         assert session.history.token_ids.tolist() == [text]
 
 
-async def test_going_back_forgets_what_came_after(open_world) -> None:
+async def test_going_back_forgets_what_came_after(open_world, local) -> None:
     async with open_world() as world, world.model.session(max_length=64) as session:
         first = [token async for token in session.generate(PROMPT, max_new_tokens=6, **GREEDY)]
         session.position = len(PROMPT) + 2
@@ -89,31 +97,33 @@ async def test_going_back_forgets_what_came_after(open_world) -> None:
         assert [token async for token in session.generate(max_new_tokens=4, **GREEDY)] == first[2:]
         session.position = len(kept)
         other = [token async for token in session.generate([77], max_new_tokens=4, **GREEDY)]
-        assert other == local_tokens(world, [*kept, 77], max_new_tokens=4, **GREEDY)
+        assert other == local_tokens(local, [*kept, 77], max_new_tokens=4, **GREEDY)
         session.position = 0
         again = [token async for token in session.generate(PROMPT, max_new_tokens=6, **GREEDY)]
         assert again == first
 
 
-async def test_generation_without_new_tokens_goes_on(open_world) -> None:
+async def test_generation_without_new_tokens_goes_on(open_world, local) -> None:
     async with open_world() as world, world.model.session(max_length=64) as session:
         tokens = [token async for token in session.generate(PROMPT, max_new_tokens=3, **GREEDY)]
         for _ in range(4):
             tokens += [token async for token in session.generate(max_new_tokens=1, **GREEDY)]
-        assert tokens == local_tokens(world, PROMPT, max_new_tokens=7, **GREEDY)
+        assert tokens == local_tokens(local, PROMPT, max_new_tokens=7, **GREEDY)
 
 
-async def test_after_beam_search_the_session_starts_over_or_says_why_not(open_world) -> None:
+async def test_after_beam_search_the_session_starts_over_or_says_why_not(open_world, local) -> None:
     async with open_world() as world, world.model.session(max_length=64) as session:
         await session.complete([PROMPT], max_new_tokens=4, num_beams=3)
         with pytest.raises(ConfigError, match="beam search"):
             await session.complete([PROMPT], max_new_tokens=4)
         session.position = 0
         tokens = [token async for token in session.generate(PROMPT, max_new_tokens=4, **GREEDY)]
-        assert tokens == local_tokens(world, PROMPT, max_new_tokens=4, **GREEDY)
+        assert tokens == local_tokens(local, PROMPT, max_new_tokens=4, **GREEDY)
 
 
-async def test_reader_who_leaves_early_stops_the_generation_and_the_session_goes_on_from_there(open_world) -> None:
+async def test_reader_who_leaves_early_stops_the_generation_and_the_session_goes_on_from_there(
+    open_world, local
+) -> None:
     async with open_world() as world, world.model.session(max_length=180) as session:
         taken = []
         stream = session.generate(PROMPT, max_new_tokens=170, **GREEDY)
@@ -125,17 +135,17 @@ async def test_reader_who_leaves_early_stops_the_generation_and_the_session_goes
         assert session.position <= len(PROMPT) + 5 + TOKENS_AHEAD + 1
         assert session.history.token_ids.tolist() == [PROMPT + taken]
         more = [token async for token in session.generate(max_new_tokens=5, **GREEDY)]
-        assert taken + more == local_tokens(world, PROMPT, max_new_tokens=10, **GREEDY)
+        assert taken + more == local_tokens(local, PROMPT, max_new_tokens=10, **GREEDY)
 
 
-async def test_slow_reader_holds_the_generation_back(open_world) -> None:
+async def test_slow_reader_holds_the_generation_back(open_world, local) -> None:
     async with open_world() as world, world.model.session(max_length=180) as session:
         stream = session.generate(PROMPT, max_new_tokens=60, **GREEDY)
         tokens = [await anext(stream)]
         await trio.sleep(0.7)
         assert session.position <= len(PROMPT) + TOKENS_AHEAD + 2
         tokens += [token async for token in stream]
-        assert tokens == local_tokens(world, PROMPT, max_new_tokens=60, **GREEDY)
+        assert tokens == local_tokens(local, PROMPT, max_new_tokens=60, **GREEDY)
 
 
 async def test_cancelled_reader_leaves_no_thread_generating(open_world) -> None:
@@ -160,7 +170,7 @@ async def test_lost_server_ends_the_stream_with_its_error_never_as_if_the_text_h
         assert len(tokens) < 170
 
 
-async def test_three_sessions_generate_at_once(open_world) -> None:
+async def test_three_sessions_generate_at_once(open_world, local) -> None:
     async with open_world() as world:
         results: dict[int, list[int]] = {}
 
@@ -173,16 +183,16 @@ async def test_three_sessions_generate_at_once(open_world) -> None:
             for first in (50, 60, 70):
                 nursery.start_soon(generate, first)
         for first, tokens in results.items():
-            assert tokens == local_tokens(world, [first, *PROMPT], max_new_tokens=15, **GREEDY)
+            assert tokens == local_tokens(local, [first, *PROMPT], max_new_tokens=15, **GREEDY)
         assert len(results) == 3
 
 
-async def test_one_models_threads_do_not_see_each_others_inputs(open_world) -> None:
+async def test_one_models_threads_do_not_see_each_others_inputs(open_world, local) -> None:
     """Each thread is between calling the model and calling its blocks when the other one comes."""
     batch = torch.tensor([[0, 0, *PROMPT], [9, 8, *PROMPT]])
     mask = (batch != 0).long()
     async with open_world() as world:
-        expected = world.local(batch, attention_mask=mask).logits[:, -1]
+        expected = local(batch, attention_mask=mask).logits[:, -1]
         got: list[torch.Tensor] = []
 
         def run() -> None:
@@ -197,13 +207,13 @@ async def test_one_models_threads_do_not_see_each_others_inputs(open_world) -> N
             torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-async def test_text_longer_than_the_session_is_an_error_of_ours(open_world) -> None:
+async def test_text_longer_than_the_session_is_an_error_of_ours(open_world, local) -> None:
     async with open_world() as world, world.model.session(max_length=10) as session:
         first = await session.complete(PROMPT, max_new_tokens=3, **GREEDY)
         with pytest.raises(ConfigError, match="max_length 10"):
             await session.complete(max_new_tokens=20, **GREEDY)
         more = await session.complete(max_new_tokens=2, **GREEDY)
-        assert (first[0, 5:].tolist() + more[0].tolist()) == local_tokens(world, PROMPT, max_new_tokens=5, **GREEDY)
+        assert (first[0, 5:].tolist() + more[0].tolist()) == local_tokens(local, PROMPT, max_new_tokens=5, **GREEDY)
 
 
 async def test_prompt_must_be_token_ids(open_world) -> None:
@@ -214,10 +224,10 @@ async def test_prompt_must_be_token_ids(open_world) -> None:
             await session.complete([], max_new_tokens=2)
 
 
-async def test_logits_agree_and_the_model_runs_without_a_session_too(open_world) -> None:
+async def test_logits_agree_and_the_model_runs_without_a_session_too(open_world, local) -> None:
     x = torch.tensor([PROMPT, PROMPT[::-1]])
     async with open_world() as world:
         got = await trio.to_thread.run_sync(lambda: world.model.shell(x, use_cache=False).logits)
         with torch.inference_mode():
-            torch.testing.assert_close(got, world.local(x).logits, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(got, local(x).logits, rtol=1e-4, atol=1e-4)
     assert threading.active_count() < 20

@@ -30,23 +30,23 @@ def states(num_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def local_blocks(world, hidden_states: torch.Tensor) -> torch.Tensor:
+def local_blocks(local, hidden_states: torch.Tensor) -> torch.Tensor:
     """The local model's blocks over the whole sequence; the last block's output, before the final norm."""
     taken = []
-    hook = world.local.model.norm.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
-    world.local(inputs_embeds=hidden_states, use_cache=False)
+    hook = local.model.norm.register_forward_pre_hook(lambda module, inputs: taken.append(inputs[0]))
+    local(inputs_embeds=hidden_states, use_cache=False)
     hook.remove()
     return taken[0]
 
 
-async def test_steps_and_going_back_agree_with_the_local_model(open_world) -> None:
+async def test_steps_and_going_back_agree_with_the_local_model(open_world, local) -> None:
     x = states(12)
     async with open_world() as world, world.model.session(max_length=20) as session:
         parts = [await session.step(StepInput(x[:, :8], 0)), await session.step(StepInput(x[:, 8:9], 8))]
-        torch.testing.assert_close(torch.cat(parts, 1), local_blocks(world, x[:, :9]), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.cat(parts, 1), local_blocks(local, x[:, :9]), rtol=1e-4, atol=1e-5)
         session.position = 5
         tail = await session.step(StepInput(x[:, 5:12], session.position))
-        torch.testing.assert_close(tail, local_blocks(world, x)[:, 5:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(tail, local_blocks(local, x)[:, 5:], rtol=1e-4, atol=1e-5)
         assert session.position == 12
 
 
@@ -57,10 +57,10 @@ async def test_room_is_taken_for_the_session_and_given_back(open_world) -> None:
             assert [budget.tokens_left for budget in world.budgets.values()] == [960, 960, 960]
             assert [str(hop.span) for hop in session.route.hops] == ["0:3", "3:4", "4:8"]
         await trio.testing.wait_all_tasks_blocked(0.1)
-        assert world.have_all_tokens_back()
+        assert world.all_room_is_free()
 
 
-async def test_two_sessions_at_once_do_not_mix(open_world) -> None:
+async def test_two_sessions_at_once_do_not_mix(open_world, local) -> None:
     async with (
         open_world() as world,
         world.model.session(max_length=9) as one,
@@ -71,11 +71,11 @@ async def test_two_sessions_at_once_do_not_mix(open_world) -> None:
             step = slice(position, position + 1)
             got_x = await one.step(StepInput(x[:, step], position))
             got_y = await two.step(StepInput(y[:, step], position))
-        torch.testing.assert_close(got_x, local_blocks(world, x)[:, 3:], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(got_y, local_blocks(world, y)[:, 3:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got_x, local_blocks(local, x)[:, 3:], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got_y, local_blocks(local, y)[:, 3:], rtol=1e-4, atol=1e-5)
 
 
-async def test_starting_over_may_change_the_batch_size(open_world) -> None:
+async def test_starting_over_may_change_the_batch_size(open_world, local) -> None:
     async with open_world() as world, world.model.session(max_length=9) as session:
         await session.step(StepInput(states(3), 0))
         with pytest.raises(ConfigError, match="holds 1 sequences, the step has 2"):
@@ -83,7 +83,7 @@ async def test_starting_over_may_change_the_batch_size(open_world) -> None:
         session.position = 0
         x = states(3, batch_size=2)
         got = await session.step(StepInput(x, 0))
-        torch.testing.assert_close(got, local_blocks(world, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(got, local_blocks(local, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ async def test_position_only_goes_back(open_world) -> None:
             session.position = 4
 
 
-async def test_lost_server_is_named_the_session_is_broken_and_a_new_one_goes_round_it(open_world) -> None:
+async def test_lost_server_is_named_the_session_is_broken_and_a_new_one_goes_round_it(open_world, local) -> None:
     spare = Span(2, 8)
     async with open_world(spans=(FIRST, MIDDLE, LAST, spare)) as world:
         world.view.servers[world.peer_of(spare)] = replace(
@@ -126,7 +126,7 @@ async def test_lost_server_is_named_the_session_is_broken_and_a_new_one_goes_rou
                 await session.step(StepInput(states(1), 3))
         async with world.model.session(max_length=20) as session:
             got = await session.step(StepInput(x, 0))
-            torch.testing.assert_close(got, local_blocks(world, x), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, local_blocks(local, x), rtol=1e-4, atol=1e-5)
             assert [str(hop.span) for hop in session.route.hops] == ["0:3", "3:4", "4:8"]
             assert session.route.hops[1].peer_id == world.peer_of(spare)
 
@@ -228,19 +228,19 @@ async def divide_in_session(world) -> float:
 @pytest.mark.parametrize(
     ("codec", "largest_error"), [(Codec.NONE, 1e-5), (Codec.FLOAT16, 0.05), (Codec.BLOCKWISE_INT8, 0.5)]
 )
-async def test_hidden_states_travel_by_the_chosen_codec(open_world, codec: Codec, largest_error: float) -> None:
+async def test_hidden_states_travel_by_the_chosen_codec(open_world, local, codec: Codec, largest_error: float) -> None:
     x = states(6)
     async with open_world(config=ClientConfig(known_peers_path=None, codec=codec)) as world:
         async with world.model.session(max_length=20) as session:
             got = await session.step(StepInput(x, 0))
-        error = (got - local_blocks(world, x)).abs().max().item()
+        error = (got - local_blocks(local, x)).abs().max().item()
         assert error < largest_error
         assert (error > 1e-5) is (codec is not Codec.NONE)
 
 
-async def test_forward_without_a_session_takes_masks_and_goes_round_a_lost_server(open_world) -> None:
+async def test_forward_without_a_session_takes_masks_and_goes_round_a_lost_server(open_world, local) -> None:
     async with open_world(spans=(FIRST, MIDDLE, MIDDLE, LAST)) as world:
         x = states(6, batch_size=3)
-        torch.testing.assert_close(await world.model.forward(x), local_blocks(world, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(await world.model.forward(x), local_blocks(local, x), rtol=1e-4, atol=1e-5)
         world.memory.kill(world.peer_of(MIDDLE))
-        torch.testing.assert_close(await world.model.forward(x), local_blocks(world, x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(await world.model.forward(x), local_blocks(local, x), rtol=1e-4, atol=1e-5)

@@ -1,0 +1,132 @@
+"""A tiny model in a swarm of in-memory nodes: real server code, real sessions, no sockets and no directory.
+
+For the tests of the rooms above `rpc`; `conftest.py` files beside them make fixtures of it.
+"""
+
+import random
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from p2pswarm.blocks.client_model import load_client_model
+from p2pswarm.blocks.span_model import SpanModel
+from p2pswarm.checkpoint.checkpoint import Checkpoint
+from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.dispatch import BlocksDispatch, Call
+from p2pswarm.client.distributed_model import DistributedModel
+from p2pswarm.client.forward import ForwardPass
+from p2pswarm.client.model_servers import ModelFacts, ModelServers
+from p2pswarm.core.ids import PeerId
+from p2pswarm.core.nursery import open_transparent_nursery
+from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.span import Span
+from p2pswarm.net.network import Network
+from p2pswarm.routing.shortest_path import ShortestPathPlanner
+from p2pswarm.rpc.client import RpcClient
+from p2pswarm.rpc.server import RpcServer
+from p2pswarm.testing.memory_network import MemoryNetwork
+from p2pswarm.wire.messages import InfoReply
+from swarmd.device_thread import open_device_thread
+from swarmd.handler import Served, SpanService
+from swarmd.memory import CacheBudget
+
+CACHE_TOKENS = 1000
+MAX_LENGTH = 200
+SPANS = (Span(0, 3), Span(3, 4), Span(4, 8))
+
+
+@dataclass
+class FixedView:
+    """Who serves the model, as the test says."""
+
+    servers: dict[PeerId, ServerInfo] = field(default_factory=dict)
+    num_refreshed: int = 0
+
+    async def refresh(self) -> None:
+        self.num_refreshed += 1
+
+
+@dataclass
+class TinySwarm:
+    """What a test can look at and break."""
+
+    memory: MemoryNetwork
+    model: DistributedModel
+    view: FixedView
+    budgets: dict[PeerId, CacheBudget]
+    services: dict[PeerId, SpanService]
+
+    def peer_of(self, span: Span) -> PeerId:
+        return next(peer_id for peer_id, info in self.view.servers.items() if info.span == span)
+
+    def all_room_is_free(self) -> bool:
+        return all(budget.tokens_left == CACHE_TOKENS for budget in self.budgets.values())
+
+
+@asynccontextmanager
+async def open_tiny_swarm(
+    checkpoint: Checkpoint,
+    load_part: Callable[[Span], SpanModel],
+    spans: Sequence[Span] = SPANS,
+    config: ClientConfig | None = None,
+    call: Call = trio.from_thread.run,
+) -> AsyncIterator[TinySwarm]:
+    """One server for each span, and a client."""
+    config = config or ClientConfig(known_peers_path=None)
+    async with AsyncExitStack() as stack:
+        memory = MemoryNetwork(random.Random(5))
+        view = FixedView()
+        budgets: dict[PeerId, CacheBudget] = {}
+        services: dict[PeerId, SpanService] = {}
+        for number, span in enumerate(spans):
+            network = await stack.enter_async_context(memory.node(number + 1))
+            info, budget, service = await stack.enter_async_context(serving(network, checkpoint, load_part(span)))
+            view.servers[network.peer_id] = info
+            budgets[network.peer_id], services[network.peer_id] = budget, service
+        network = await stack.enter_async_context(memory.node(100, listens=False))
+        yield TinySwarm(memory, client_model(checkpoint, network, view, config, call), view, budgets, services)
+
+
+@asynccontextmanager
+async def serving(
+    network: Network, checkpoint: Checkpoint, part: SpanModel
+) -> AsyncIterator[tuple[ServerInfo, CacheBudget, SpanService]]:
+    """A server of the part, without announcing itself."""
+    info = ServerInfo(
+        peer_id=network.peer_id,
+        model_id=checkpoint.model_id,
+        span=part.span,
+        state=ServerState.ONLINE,
+        addresses=network.addresses,
+        num_model_blocks=checkpoint.num_blocks,
+        throughput_tokens_per_s=100.0,
+        inference_tokens_per_s=100.0,
+        forward_tokens_per_s=100.0,
+        network_tokens_per_s=100.0,
+        dtype="float32",
+        cache_tokens_left=CACHE_TOKENS,
+        max_length=MAX_LENGTH,
+    )
+    budget = CacheBudget(CACHE_TOKENS, part.span.num_blocks)
+    async with open_device_thread() as device, open_transparent_nursery() as nursery:
+        served = Served(checkpoint.model_id, part, MAX_LENGTH)
+        service = SpanService(served, device, budget, lambda: InfoReply(info))
+        await nursery.start(RpcServer(network, service).run)
+        yield info, budget, service
+        nursery.cancel_scope.cancel()
+
+
+def client_model(
+    checkpoint: Checkpoint, network: Network, view: FixedView, config: ClientConfig, call: Call
+) -> DistributedModel:
+    """What `Swarm.load` makes, over a fixed view."""
+    rpc = RpcClient(network)
+    hidden_size: Any = checkpoint.config.hidden_size
+    facts = ModelFacts(checkpoint.model_id, checkpoint.num_blocks, hidden_size)
+    servers = ModelServers(facts, view, ShortestPathPlanner(), network, rpc, config)
+    forward_pass = ForwardPass(servers, rpc, config)
+    shell = load_client_model(checkpoint, BlocksDispatch(forward_pass.run, call))
+    return DistributedModel(checkpoint, shell, servers, forward_pass, rpc, config)

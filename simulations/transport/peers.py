@@ -170,6 +170,7 @@ async def stock_client(address: str) -> AsyncIterator[OpenChannel]:
             return StockChannel(await host.new_stream(info.peer_id, [TProtocol(protocol)]))
 
         yield open_channel
+        await host.disconnect(info.peer_id)
 
 
 @contextlib.asynccontextmanager
@@ -186,12 +187,14 @@ async def tcp_server() -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def tcp_client(address: str) -> AsyncIterator[OpenChannel]:
-    async def open_channel(protocol: ProtocolId) -> Channel:
-        stream = await trio.open_tcp_stream("127.0.0.1", int(address))
-        await stream.send_all(b"e" if protocol == ECHO else b"s")
-        return TcpChannel(stream)
+    async with contextlib.AsyncExitStack() as stack:
 
-    yield open_channel
+        async def open_channel(protocol: ProtocolId) -> Channel:
+            stream = await stack.enter_async_context(await trio.open_tcp_stream("127.0.0.1", int(address)))
+            await stream.send_all(b"e" if protocol == ECHO else b"s")
+            return TcpChannel(stream)
+
+        yield open_channel
 
 
 SERVERS: dict[str, Callable[[], AbstractAsyncContextManager[str]]] = {

@@ -40,6 +40,7 @@ from swarmd.identity_file import known_peers_path
 from swarmd.listen import listen_addresses
 from swarmd.memory import CacheBudget
 from swarmd.presence import Presence
+from swarmd.quick_import import import_transformers, quick_start
 from swarmd.signals import unless
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ async def serve(
         announcer = Announcer(dht, network, clock, random)
         nursery.start_soon(announcer.run)
         around = Surroundings(network, dht, announcer, device, clock, events)
-        running = await unless(stop, partial(_start, config, around, nursery))
+        with quick_start():
+            running = await unless(stop, partial(_start, config, around, nursery))
         if running is not None:
             events("ready", **_ready_fields(config, around, running, start_s=clock.unix_time_s() - started_unix_s))
             await stop.wait()
@@ -112,8 +114,8 @@ async def _start(config: ServerConfig, around: Surroundings, nursery: trio.Nurse
     device, events = around.device, around.events
     joined = trio.Event()
     nursery.start_soon(_join, config.peers, around, joined)
-    await device.run(partial(importlib.import_module, "swarmd.engine"))
-    from swarmd import engine  # at once: the device's thread has imported it
+    await device.run(_import_engine)
+    from swarmd import engine  # at once: the device's thread has imported them
     from swarmd.handler import Served, SpanService
 
     opened = await device.run(partial(engine.open_model, config))
@@ -137,6 +139,13 @@ async def _start(config: ServerConfig, around: Surroundings, nursery: trio.Nurse
     nursery.start_soon(presence.follow_cache, budget)
     nursery.start_soon(presence.follow_swarm, lambda: around.dht.num_contacts, events)
     return Running(opened, presence, rpc)
+
+
+def _import_engine() -> None:
+    """Imports all that stands on torch."""
+    import_transformers()
+    importlib.import_module("swarmd.engine")
+    importlib.import_module("swarmd.handler")
 
 
 async def _join(peers: Sequence[str], around: Surroundings, joined: trio.Event) -> None:

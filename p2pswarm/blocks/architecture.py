@@ -1,13 +1,14 @@
 """How a model is laid out, found by looking at it: where its blocks are, and whether it can be cut between them.
 
-A transformers model is built on the meta device, without weights. Its blocks are the one list of as many modules as
+A transformers model is built without weights. Its blocks are the one list of as many modules as
 its config has layers. What cannot be cut is refused here, with the reason; `REFUSALS` holds the model types for which
 only experience tells (`docs/architectures.md` is made by trying them all).
 """
 
 import inspect
-from collections.abc import Mapping
-from contextlib import ExitStack
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,7 @@ class Layout:
     """A model without weights, and where its parts are."""
 
     model: "PreTrainedModel"
-    """The causal language model, on the meta device."""
+    """The causal language model, its parameters on the meta device."""
     blocks_path: str
     """Where the block list is within `model`, dotted."""
     num_blocks: int
@@ -131,12 +132,35 @@ def _model_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
 
 
 def _build(model_class: type["PreTrainedModel"], config: "PretrainedConfig", dtype: torch.dtype) -> "PreTrainedModel":
-    with ExitStack() as stack:
-        for context in model_class.get_init_context(dtype, False, False, None):
-            stack.enter_context(context)
+    from transformers import initialization
+    from transformers.modeling_utils import local_torch_dtype
+
+    with local_torch_dtype(dtype), initialization.no_init_weights(), parameters_without_memory():
         model = model_class(config)
     model.train(False)
     return model
+
+
+@contextmanager
+def parameters_without_memory() -> Iterator[None]:
+    """Modules made in this thread get their parameters on the meta device, and their buffers as ever.
+
+    Making all of a module on the meta device would lose the buffers' values, and needs torch's compiler.
+    """
+    register = nn.Module.register_parameter
+    thread = threading.get_ident()
+
+    def register_without_memory(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and threading.get_ident() == thread:
+            empty = torch.empty_like(parameter, device="meta")
+            parameter = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_without_memory  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _check_decoder(decoder: nn.Module) -> None:

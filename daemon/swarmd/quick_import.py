@@ -1,7 +1,7 @@
 """Imports torch and transformers in half the time, by putting off what a server hardly ever uses.
 
 CPU seconds on a 2.4 GHz core, until ten blocks of a small model are loaded (torch 2.13, transformers 5.23): 6.3 as
-is; 5.4 without a garbage collector that goes through all modules again and again; 2.7 without torch's compiler,
+is; 5.4 without a garbage collector that goes through all modules again and again; 2.4 without torch's compiler,
 symbolic shapes and sharded tensors as well. Transformers and torch import those for the sake of decorators and checks
 that mean nothing to code that is not compiled; stand-ins answer for them meanwhile, and give way to the real ones
 when more is asked.
@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -46,10 +47,26 @@ def import_transformers() -> None:
     is_available = torch.distributed.is_available
     torch.distributed.is_available = lambda: False  # transformers asks once, and remembers
     try:
+        _import_list_of_models()
         for name in NEEDED:
             importlib.import_module(name)
     finally:
         torch.distributed.is_available = is_available
+
+
+def _import_list_of_models() -> None:
+    """Imports `transformers.models` with what `transformers` found in its thousands of files: once is enough to read."""
+    folder = Path(str(importlib.import_module("transformers").__file__)).parent / "models"
+    files: Any = importlib.import_module("transformers.utils.import_utils")
+    read = getattr(files, "create_import_structure_from_path", None)
+    if read is None:
+        return
+    found = read(folder)  # the last thing it was asked, so it still knows
+    files.create_import_structure_from_path = lambda path: found if Path(path).parent == folder else read(path)
+    try:
+        importlib.import_module("transformers.models")
+    finally:
+        files.create_import_structure_from_path = read
 
 
 class StandIn(ModuleType):

@@ -24,8 +24,10 @@ LARGEST_GROWTH_TOKENS = 2048
 class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer, `[batch, heads, tokens, head size]`, with room for tokens to come."""
 
-    def __init__(self, window: int | None = None) -> None:
+    def __init__(self, window: int | None = None, max_length: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.max_length = max_length
+        """Where growing ahead of need stops; None: nowhere."""
         self.window = window
         """How many tokens, itself included, a token of a sliding or chunked layer may see; None: all."""
         self.is_sliding = window is not None
@@ -67,6 +69,8 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if length <= capacity:
             return
         grown = max(FIRST_CAPACITY_TOKENS, min(2 * capacity, capacity + LARGEST_GROWTH_TOKENS), length)
+        if self.max_length is not None:
+            grown = max(min(grown, self.max_length), length)
         self._store(*(self._resized(tensor, grown) for tensor in self._stored or ()))
 
     def _resized(self, tensor: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -97,11 +101,14 @@ class GrowingLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class SpanCache(Cache):
-    """The caches of a span's layers. `length` tokens are in it; used by one thread at a time."""
+    """The caches of a span's layers for `batch_size` sequences of the same length; used by one thread at a time."""
 
-    def __init__(self, span: Span, windows: Sequence[int | None]) -> None:
+    def __init__(
+        self, span: Span, windows: Sequence[int | None], batch_size: int, max_length: int | None = None
+    ) -> None:
         """`windows`: for each layer of the whole model, how far it sees, None for all tokens."""
-        self.held = [GrowingLayer(windows[index]) for index in range(span.start, span.end)]
+        self.num_sequences = batch_size
+        self.held = [GrowingLayer(windows[index], max_length) for index in range(span.start, span.end)]
         super().__init__(layers=[self._layer_like(span, windows, index) for index in range(len(windows))])
 
     def _layer_like(self, span: Span, windows: Sequence[int | None], index: int) -> GrowingLayer:
@@ -128,5 +135,9 @@ class SpanCache(Cache):
 
     def reorder(self, beam_indices: torch.Tensor) -> None:
         """Makes row i what row `beam_indices[i]` was; `beam_indices: [batch], int64`."""
+        if beam_indices.shape != (self.num_sequences,):
+            raise ValueError(
+                f"a cache of {self.num_sequences} rows cannot take {list(beam_indices.shape)} beam indices"
+            )
         for layer in self.held:
             layer.reorder_cache(beam_indices)

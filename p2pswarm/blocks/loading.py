@@ -1,10 +1,10 @@
-"""Weights into a model that stands on the meta device, by transformers' own renaming and conversion rules.
+"""Weights into a model without any, by transformers' own renaming and conversion rules.
 
 Only what the model still holds is read: by the time of loading, stand-ins without weights are where other peers'
 parts were.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -49,10 +49,12 @@ def load_weights(model: "PreTrainedModel", source: WeightSource, *, dtype: torch
         tensors = source.read(_needed(source.tensor_names, model, held))
         report, _ = convert_and_load_state_dict_in_model(model, tensors, config)
     _check(report, model, source.name)
-    model.mark_tied_weights_as_initialized(report)  # type: ignore[no-untyped-call]
-    model._move_missing_keys_from_meta_to_device(report.missing_and_mismatched(), config.device_map, None, None)
-    model._initialize_missing_keys(False)
     model.tie_weights(missing_keys=report.missing_keys, recompute_mapping=False)
+    if unfilled := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
+        raise CheckpointError(f"{source.name} lacks {_listed(unfilled)}")
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
     model.requires_grad_(False)
 
 
@@ -89,8 +91,12 @@ def _check(report: "LoadStateDictInfo", model: "PreTrainedModel", source_name: s
     tied = model.all_tied_weights_keys
     filled_by_tying = {name for pair in tied.items() for name in pair if not report.missing_keys.issuperset(pair)}
     if missing := sorted(report.missing_keys - filled_by_tying):
-        listed = ", ".join(missing[:NAMES_IN_MESSAGE]) + (", ..." if len(missing) > NAMES_IN_MESSAGE else "")
-        raise CheckpointError(f"{source_name} lacks {len(missing)} tensors that its config calls for: {listed}")
+        raise CheckpointError(f"{source_name} lacks {_listed(missing)}")
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:NAMES_IN_MESSAGE]) + (", ..." if len(names) > NAMES_IN_MESSAGE else "")
+    return f"{len(names)} tensors that its config calls for: {shown}"
 
 
 @contextmanager

@@ -86,12 +86,12 @@ class SpanModel:
         self.cache_bytes_per_token = self._measure_cache()
         """Keys and values of one token of one sequence, over the whole span."""
 
-    def new_cache(self, batch_size: int, blocks: Span | None = None) -> SpanCache:
+    def new_cache(self, batch_size: int, blocks: Span | None = None, max_length: int | None = None) -> SpanCache:
         """An empty cache of `blocks` (all of the span's) for `batch_size` sequences.
 
-        It takes its memory as tokens come.
+        It takes its memory as tokens come, somewhat ahead of need, but not for more than `max_length` tokens.
         """
-        return SpanCache(blocks or self.span, self._windows)
+        return SpanCache(blocks or self.span, self._windows, batch_size, max_length)
 
     @torch.inference_mode()
     def run(
@@ -114,6 +114,8 @@ class SpanModel:
         wanted = blocks or self.span
         if not self.span.contains(wanted):
             raise ValueError(f"blocks {wanted} are not in the span {self.span}")
+        if cache is not None and cache.num_sequences != hidden_states.shape[0]:
+            raise ValueError(f"the cache is of {cache.num_sequences} sequences, {hidden_states.shape[0]} have come")
         if cache is not None:
             cache.crop(position)
         elif position != 0:

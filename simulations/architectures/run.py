@@ -38,6 +38,7 @@ from p2pswarm.testing.tiny_checkpoints import OPTIONS, save_tiny_checkpoint, tin
 from simulations.architectures.tiny_options import GUESSES, MORE_OPTIONS
 
 TIME_LIMIT_S = 120
+LARGEST_PARAMETERS = 20_000_000
 TABLE_PATH = Path("docs/architectures.md")
 REASON_CHARACTERS = 220
 
@@ -72,7 +73,9 @@ def try_type(model_type: str) -> Finding:
         with tempfile.TemporaryDirectory() as folder:
             try:
                 check_config(tiny_config(model_type, **options))
-                lay_out(tiny_config(model_type, **options), torch.float32)
+                model = lay_out(tiny_config(model_type, **options), torch.float32).model
+                if (size := model.num_parameters()) > LARGEST_PARAMETERS:
+                    raise ValueError(f"{size} parameters are not tiny")
             except UnsupportedModelError as error:
                 return Finding(model_type, REFUSED, str(error))
             except Exception as error:  # noqa: BLE001 - whatever transformers makes of options it was not written for

@@ -63,8 +63,16 @@ def test_memory_is_taken_in_steps() -> None:
     assert layer.size_bytes == 2 * layer.capacity * HEADS * HEAD_SIZE * 4
 
 
+def test_no_more_memory_is_taken_than_the_longest_session_needs() -> None:
+    layer = GrowingLayer(max_length=300)
+    for _ in range(300):
+        layer.update(*new_states(1))
+
+    assert layer.capacity == 300
+
+
 def test_layers_outside_the_span_answer_as_their_kind_inside_does() -> None:
-    cache = SpanCache(Span(2, 4), windows=[None, 8, None, 8, None, 8])
+    cache = SpanCache(Span(2, 4), [None, 8, None, 8, None, 8], batch_size=1)
     for index in (2, 3):
         cache.update(*new_states(10), index)
 
@@ -75,7 +83,7 @@ def test_layers_outside_the_span_answer_as_their_kind_inside_does() -> None:
 
 
 def test_rows_are_reordered_and_may_be_repeated() -> None:
-    cache = SpanCache(Span(0, 1), windows=[None])
+    cache = SpanCache(Span(0, 1), [None], batch_size=3)
     keys, values = new_states(5, batch_size=3)
     cache.update(keys, values, 0)
 
@@ -83,10 +91,12 @@ def test_rows_are_reordered_and_may_be_repeated() -> None:
     shown, _ = cache.update(*new_states(1, batch_size=3), 0)
 
     assert torch.equal(shown[:, :, :5], keys[[2, 0, 0]])
+    with pytest.raises(ValueError, match="3 rows cannot take"):
+        cache.reorder(torch.tensor([0, 1]))
 
 
 def test_a_cache_is_not_cut_to_more_than_it_holds() -> None:
-    cache = SpanCache(Span(0, 1), windows=[None])
+    cache = SpanCache(Span(0, 1), [None], batch_size=1)
     cache.update(*new_states(5), 0)
 
     with pytest.raises(ValueError, match="of 5 tokens cannot be cut to 6"):

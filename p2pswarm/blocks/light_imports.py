@@ -1,0 +1,83 @@
+"""Transformers without what a server never uses of it: half the time from a program's start to its first token.
+
+Importing any model of transformers imports torch's compiler (and with it a computer algebra system) and its
+distributed tensors, for a handful of decorators and type checks. That costs 1.5 s of the 3.9 s which torch and
+transformers take (user CPU time, transformers 5.23, torch 2.13). Here these decorators stand in for themselves while
+transformers is imported; afterwards everything is as before, and who wants the compiler gets it.
+
+For programs that own their process (`swarmd`, `swarm`). A program that embeds the library imports transformers as it
+likes.
+"""
+
+import gc
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+
+COMPILER = "torch._dynamo"
+COMPILER_PART = "torch._dynamo._trace_wrapped_higher_order_op"
+"""The one module of the compiler that transformers takes a name from."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def import_transformers_lightly() -> None:
+    """Imports what spans and client models need of transformers; does nothing where that, or the compiler, is there."""
+    if COMPILER in sys.modules or "transformers.masking_utils" in sys.modules:
+        return
+    with _without_compiler(), _without_garbage_collection():
+        import transformers.modeling_layers  # noqa: F401
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    compiler = ModuleType(COMPILER)
+    compiler.__path__ = []
+    for decorator in ("assume_constant_result", "allow_in_graph", "disable"):
+        setattr(compiler, decorator, _unchanged)
+    part = ModuleType(COMPILER_PART)
+    part.TransformGetItemToIndex = _transform_getitem_to_index  # type: ignore[attr-defined]
+    disable, is_available = torch.compiler.disable, torch.distributed.is_available
+    stand_ins: Any = torch
+    sys.modules |= {COMPILER: compiler, COMPILER_PART: part}
+    stand_ins._dynamo = compiler
+    stand_ins.compiler.disable = _unchanged_with_options
+    stand_ins.distributed.is_available = lambda: False
+    try:
+        yield
+    finally:
+        stand_ins.distributed.is_available = is_available
+        stand_ins.compiler.disable = disable
+        del stand_ins._dynamo, sys.modules[COMPILER], sys.modules[COMPILER_PART]
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Importing makes many objects and little garbage; looking for it takes a tenth of the time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _unchanged(function: Function) -> Function:
+    return function
+
+
+def _unchanged_with_options(function: Any = None, **options: Any) -> Any:
+    return _unchanged if function is None else function
+
+
+def _transform_getitem_to_index() -> Any:
+    """The compiler's own, for the masks that need it."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    return TransformGetItemToIndex()

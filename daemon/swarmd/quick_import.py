@@ -55,7 +55,7 @@ def import_transformers() -> None:
 
 
 def _import_list_of_models() -> None:
-    """Imports `transformers.models` with what `transformers` found in its thousands of files: once is enough to read."""
+    """Imports `transformers.models` with what `transformers` found in its thousands of files: once is enough."""
     folder = Path(str(importlib.import_module("transformers").__file__)).parent / "models"
     files: Any = importlib.import_module("transformers.utils.import_utils")
     read = getattr(files, "create_import_structure_from_path", None)

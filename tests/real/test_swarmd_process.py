@@ -152,15 +152,6 @@ def test_servers_find_each_other_take_what_is_missing_and_say_goodbye(start: Cal
         }
 
 
-def test_the_identity_and_so_the_peer_id_outlive_a_restart(start: Callable[..., list[str]]) -> None:
-    peer_ids = set()
-    for _ in range(2):
-        with swarmd(*start("a")) as server:
-            peer_ids.add(server.wait_for("ready")["peer_id"])
-            assert server.stop()[0] == 0
-    assert len(peer_ids) == 1
-
-
 def test_a_second_signal_ends_a_server_at_once(start: Callable[..., list[str]]) -> None:
     with swarmd(*start("a", "--grace-period", "60")) as server:
         server.wait_for("ready")
@@ -202,9 +193,7 @@ def test_a_taken_port_is_named(start: Callable[..., list[str]]) -> None:
     [
         (["--dtype", "float16", "--device", "cpu"], "use --dtype float32 or --dtype bfloat16"),
         (["--blocks", "6:9"], "has the blocks 0:8, so not --blocks 6:9"),
-        (["--num-blocks", "9"], "the model has 8 blocks, so --num-blocks 9 is too many"),
         (["--max-length", "100000"], "takes up to 256 tokens, so not --max-length 100000"),
-        (["--device", "cuda:99"], "this machine"),
     ],
 )
 def test_what_the_model_or_machine_cannot_do_is_one_clear_line(

@@ -1,0 +1,100 @@
+"""What a server announces follows what is so, and is announced again after an outage."""
+
+from collections.abc import Sequence
+
+import trio
+from trio.testing import MockClock
+
+from p2pswarm.core.ids import ModelId, PeerId
+from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.span import Span
+from swarmd.memory import CacheBudget
+from swarmd.presence import CACHE_CHECK_PERIOD_S, SWARM_CHECK_PERIOD_S, Presence
+
+
+class NotingAnnouncer:
+    """Takes announcements down instead of sending them."""
+
+    def __init__(self) -> None:
+        self.announced: list[ServerInfo] = []
+        self.is_withdrawn = False
+
+    async def announce(self, info: ServerInfo) -> int:
+        self.announced.append(info)
+        return 1
+
+    async def withdraw(self) -> None:
+        self.is_withdrawn = True
+
+
+class NotingEvents:
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def __call__(self, event: str, **fields: object) -> None:
+        self.names.append(event)
+
+
+def make_presence() -> tuple[NotingAnnouncer, Presence]:
+    info = ServerInfo(
+        peer_id=PeerId("12D3KooWabc"),
+        model_id=ModelId("tiny@0123456789abcdef"),
+        span=Span(0, 4),
+        state=ServerState.ONLINE,
+        addresses=(),
+        num_model_blocks=8,
+        throughput_tokens_per_s=1.0,
+        inference_tokens_per_s=1.0,
+        forward_tokens_per_s=1.0,
+        network_tokens_per_s=1.0,
+        dtype="float32",
+        cache_tokens_left=1000,
+    )
+    announcer = NotingAnnouncer()
+    return announcer, Presence(announcer, info)
+
+
+async def test_states_are_announced_and_the_end_is_a_withdrawal() -> None:
+    announcer, presence = make_presence()
+    await presence.become(ServerState.DRAINING)
+    await presence.withdraw()
+    assert [info.state for info in announcer.announced] == [ServerState.DRAINING]
+    assert announcer.is_withdrawn
+    assert presence.info.state is ServerState.OFFLINE
+
+
+async def test_the_room_in_the_cache_is_corrected_when_it_matters(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    announcer, presence = make_presence()
+    budget = CacheBudget(1000, num_blocks=4)
+    nursery.start_soon(presence.follow_cache, budget)
+
+    async def announced_rooms() -> Sequence[int]:
+        await trio.sleep(3 * CACHE_CHECK_PERIOD_S)
+        return [info.cache_tokens_left for info in announcer.announced]
+
+    budget.reserve(100, num_blocks=4)
+    assert await announced_rooms() == []
+    large = budget.reserve(900, num_blocks=4)
+    assert await announced_rooms() == [0]
+    budget.release(large)
+    assert await announced_rooms() == [0, 900]
+
+
+async def test_an_outage_is_told_once_and_ends_with_a_new_announcement(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    announcer, presence = make_presence()
+    events = NotingEvents()
+    num_nodes = 3
+    nursery.start_soon(presence.follow_swarm, lambda: num_nodes, events)
+    await trio.sleep(3 * SWARM_CHECK_PERIOD_S)
+    assert events.names == []
+    num_nodes = 0
+    await trio.sleep(3 * SWARM_CHECK_PERIOD_S)
+    assert events.names == ["swarm_lost"]
+    num_nodes = 2
+    await trio.sleep(3 * SWARM_CHECK_PERIOD_S)
+    assert events.names == ["swarm_lost", "swarm_found"]
+    assert announcer.announced == [presence.info]

@@ -41,6 +41,8 @@ from p2pswarm.net.upgrade import Upgrader
 MAX_INBOUND_HANDSHAKES = 128
 """At once; the dial timeout ends each. A stranger who connects and says nothing costs one of these for that long."""
 LISTEN_BACKLOG = 512
+INTERFACES_LIFETIME_S = 30.0
+"""A laptop that changes its network is noticed this late; asking the system costs a millisecond."""
 IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,8 @@ class Host:
         self._handlers: dict[ProtocolId, StreamHandler] = {}
         self._connections: dict[PeerId, list[Connection]] = {}
         self._listening: list[TcpAddress] = []
+        self._interfaces: list[str] = []
+        self._interfaces_expire_s = 0.0
         self._listener_scope = trio.CancelScope()
         self._handshakes = trio.CapacityLimiter(MAX_INBOUND_HANDSHAKES)
         self._is_closing = False
@@ -85,7 +89,10 @@ class Host:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        reachable = expand_wildcards(self._listening, _interface_hosts())
+        if trio.current_time() >= self._interfaces_expire_s:
+            self._interfaces = _interface_hosts()
+            self._interfaces_expire_s = trio.current_time() + INTERFACES_LIFETIME_S
+        reachable = expand_wildcards(self._listening, self._interfaces)
         return tuple(join_peer_address(str(address), self.peer_id) for address in reachable)
 
     def sign(self, data: bytes) -> bytes:
@@ -172,6 +179,7 @@ class Host:
             try:
                 connection = await self._dial_one(peer_id, parse_tcp_address(transport))
                 connected.append(connection)
+                self._book.prove(peer_id, transport)
                 self._adopt(connection)  # now, since what comes next may be cancelled
                 nursery.cancel_scope.cancel()
             except (OSError, NetworkError) as error:

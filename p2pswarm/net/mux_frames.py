@@ -27,6 +27,9 @@ MAX_PAYLOAD_BYTES = 16 * 1024 * 1024
 """No window is larger, so no honest data frame is longer."""
 
 
+MIN_VIEW_BYTES = 4096
+
+
 class FrameType(IntEnum):
     DATA = 0
     WINDOW_UPDATE = 1
@@ -51,7 +54,7 @@ class Frame(NamedTuple):
     flags: int
     stream_id: int
     length: int
-    payload: bytes = b""
+    payload: bytes | memoryview = b""
 
 
 def encode_header(type: FrameType, flags: int, stream_id: int, length: int) -> bytes:
@@ -78,7 +81,7 @@ class FrameParser:
                 if start == len(data):
                     return
                 end = min(len(data), start + self._payload_left)
-                yield self._payload_piece(data[start:end], 0)
+                yield self._payload_piece(data, start, end, 0)
                 start = end
                 continue
             if len(data) - start < HEADER.size:
@@ -94,14 +97,17 @@ class FrameParser:
             self._closing_flags = flags & (FIN | RST)
             self._payload_left = length
             end = min(len(data), start + length)
-            yield self._payload_piece(data[start:end], flags & (SYN | ACK))
+            yield self._payload_piece(data, start, end, flags & (SYN | ACK))
             start = end
 
-    def _payload_piece(self, payload: bytes, flags: int) -> Frame:
-        self._payload_left -= len(payload)
+    def _payload_piece(self, data: bytes, start: int, end: int, flags: int) -> Frame:
+        self._payload_left -= end - start
         if not self._payload_left:
             flags |= self._closing_flags
-        return Frame(FrameType.DATA, flags, self._stream_id, len(payload), payload)
+        # A view saves a copy, but holds all of `data`: only where that is not much more than the payload.
+        is_most = end - start > len(data) // 2
+        payload = memoryview(data)[start:end] if is_most and end - start >= MIN_VIEW_BYTES else data[start:end]
+        return Frame(FrameType.DATA, flags, self._stream_id, end - start, payload)
 
 
 def _check(version: int, type: int, flags: int, stream_id: int, length: int) -> None:

@@ -64,7 +64,7 @@ class MuxStream:
         self.last_update_s = trio.current_time()
         self.buffered_bytes = 0
         self._owner = owner
-        self._pieces: deque[bytes | bytearray] = deque()
+        self._pieces: deque[Buffer] = deque()
         self._send_credit_bytes = INITIAL_WINDOW_BYTES
         self._peer_closed = False
         self._write_closed = False
@@ -116,15 +116,18 @@ class MuxStream:
     async def write(self, *buffers: Buffer) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
         self._raise_if_not_writable()
-        if sum(map(len, buffers)) <= MAX_FRAME_BYTES:
-            await self._write_all(b"".join(buffers))
+        views = [memoryview(buffer) for buffer in buffers]
+        if sum(view.nbytes for view in views) <= MAX_FRAME_BYTES:
+            await self._write_all(memoryview(b"".join(views)))
         else:
-            for buffer in buffers:
-                await self._write_all(buffer)
+            for view in views:
+                await self._write_all(view)
         await trio.lowlevel.cancel_shielded_checkpoint()
 
-    async def _write_all(self, data: Buffer) -> None:
-        view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+    async def _write_all(self, view: memoryview) -> None:
+        # What the caller may change after we return is copied; `bytes` cannot change.
+        is_constant = isinstance(view.obj, bytes)
+        view = view.cast("B") if view.nbytes else memoryview(b"")
         start = 0
         while start < len(view):
             self._raise_if_not_writable()
@@ -139,8 +142,7 @@ class MuxStream:
                 end = min(len(view), start + self._send_credit_bytes, start + MAX_FRAME_BYTES)
                 self._send_credit_bytes -= end - start
                 piece = view[start:end]
-                # What the caller may change after we return is copied; `bytes` cannot change.
-                self._owner.send_data(self, piece if isinstance(data, bytes) else bytes(piece))
+                self._owner.send_data(self, piece if is_constant else bytes(piece))
                 start = end
 
     async def close_write(self) -> None:
@@ -180,7 +182,7 @@ class MuxStream:
             self._owner.wake_waiting_for_room()
         self._owner.finished(self)
 
-    def receive(self, payload: bytes) -> None:
+    def receive(self, payload: bytes | memoryview) -> None:
         """Takes in data of the peer's. Raises `ProtocolViolation` when there is more than we granted."""
         if len(payload) > self.receive_credit_bytes:
             raise ProtocolViolation(

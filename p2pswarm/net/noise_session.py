@@ -5,6 +5,7 @@ and a write of any length is one send. Only two tasks use a session after the ha
 writer, so a cancelled caller can neither tear a message nor lose a nonce.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,8 +13,6 @@ import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from libp2p.abc import IRawConnection, ISecureConn
-from libp2p.io.exceptions import IOException
-from libp2p.network.connection.exceptions import RawConnError
 from libp2p.peer.id import ID
 from libp2p.security.noise.transport import Transport
 from libp2p.security.secure_session import SecureSession
@@ -24,7 +23,7 @@ MAX_PLAINTEXT_BYTES = 65535 - 16
 """Of one noise message: 65,535 bytes with its tag."""
 LENGTH_BYTES = 2
 READ_BYTES = 256 * 1024
-TRANSPORT_ERRORS = (IOException, RawConnError, trio.BrokenResourceError, trio.ClosedResourceError, OSError)
+SOCKET_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
 
 class NoiseTransport(Transport):
@@ -42,7 +41,7 @@ class NoiseSession(SecureSession):
 
     _encryption: ChaCha20Poly1305
     _decryption: ChaCha20Poly1305
-    _raw: IRawConnection
+    _socket: trio.SocketStream
 
     @classmethod
     def over(cls, secured: ISecureConn) -> "NoiseSession":
@@ -60,15 +59,16 @@ class NoiseSession(SecureSession):
         noise = reader_writer.noise_state.noise_protocol
         session._encryption = noise.cipher_state_encrypt.cipher.cipher
         session._decryption = noise.cipher_state_decrypt.cipher.cipher
-        session._raw = reader_writer.read_writer.read_write_closer
+        # libp2p's wrappers around the socket lock each call; two tasks with a direction each need no locks.
+        session._socket = reader_writer.read_writer.read_write_closer.stream.stream
         return session
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._num_encrypted = 0
         self._num_decrypted = 0
-        self._ciphertext = bytearray()
-        self._plaintext = b""
+        self._ciphertext = b""
+        self._plaintexts: deque[bytes] = deque()
 
     async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Encrypts the buffers as one run of bytes and sends it."""
@@ -81,38 +81,36 @@ class NoiseSession(SecureSession):
             self._num_encrypted += 1
             messages += (len(message).to_bytes(LENGTH_BYTES, "big"), message)
         try:
-            await self._raw.write(b"".join(messages))
-        except TRANSPORT_ERRORS as error:
+            await self._socket.send_all(b"".join(messages))
+        except SOCKET_ERRORS as error:
             raise ConnectionLost(f"the connection broke: {error}") from error
 
     async def read_some(self) -> bytes:
-        """All that has arrived and decrypts, at least one byte; `b""` at the end."""
-        if self._plaintext:
-            plaintext, self._plaintext = self._plaintext, b""
-            return plaintext
-        while not (plaintext := self._decrypt_arrived()):
+        """A message that has arrived, at least one byte; `b""` at the end."""
+        while True:
+            while self._plaintexts:
+                plaintext = self._plaintexts.popleft()
+                if plaintext:
+                    return plaintext
             try:
-                arrived = await self._raw.read(READ_BYTES)
-            except TRANSPORT_ERRORS as error:
+                arrived = bytes(await self._socket.receive_some(READ_BYTES))
+            except SOCKET_ERRORS as error:
                 raise ConnectionLost(f"the connection broke: {error}") from error
             if not arrived:
                 return b""
-            self._ciphertext += arrived
-        return plaintext
+            self._decrypt_arrived(self._ciphertext + arrived if self._ciphertext else arrived)
 
-    def _decrypt_arrived(self) -> bytes:
-        buffer = self._ciphertext
-        plaintexts = []
+    def _decrypt_arrived(self, ciphertext: bytes) -> None:
+        """Decrypts the whole messages and keeps the rest, less than one, for later."""
+        view = memoryview(ciphertext)
         start = 0
-        with memoryview(buffer) as view:
-            while len(buffer) - start >= LENGTH_BYTES:
-                end = start + LENGTH_BYTES + (buffer[start] << 8 | buffer[start + 1])
-                if len(buffer) < end:
-                    break
-                plaintexts.append(self._decrypt(view[start + LENGTH_BYTES : end]))
-                start = end
-        del buffer[:start]
-        return plaintexts[0] if len(plaintexts) == 1 else b"".join(plaintexts)
+        while len(ciphertext) - start >= LENGTH_BYTES:
+            end = start + LENGTH_BYTES + (ciphertext[start] << 8 | ciphertext[start + 1])
+            if len(ciphertext) < end:
+                break
+            self._plaintexts.append(self._decrypt(view[start + LENGTH_BYTES : end]))
+            start = end
+        self._ciphertext = ciphertext[start:]
 
     def _decrypt(self, message: memoryview) -> bytes:
         try:
@@ -132,7 +130,8 @@ class NoiseSession(SecureSession):
             if not plaintext:
                 break
             gathered += plaintext
-        self._plaintext = bytes(gathered[n:])
+        if len(gathered) > n:
+            self._plaintexts.appendleft(bytes(gathered[n:]))
         return bytes(gathered[:n])
 
     async def write(self, data: bytes) -> None:

@@ -115,11 +115,21 @@ def test_book_keeps_what_can_be_dialled_and_belongs_to_the_peer() -> None:
     assert book.get(BOB) == []
 
 
-def test_book_forgets_the_oldest_addresses_of_a_peer() -> None:
+def test_book_forgets_the_oldest_addresses_of_a_peer_and_gives_the_newest_first() -> None:
     book = AddressBook()
-    book.add(ALICE, [f"/ip4/10.0.0.1/tcp/{port}" for port in range(1, 100)])
+    for port in range(1, 100):
+        book.add(ALICE, [f"/ip4/10.0.0.1/tcp/{port}"])
     assert len(book.get(ALICE)) == MAX_ADDRESSES_PER_PEER
-    assert book.get(ALICE)[-1] == "/ip4/10.0.0.1/tcp/99"
+    assert book.get(ALICE)[:2] == ["/ip4/10.0.0.1/tcp/99", "/ip4/10.0.0.1/tcp/98"]
+
+
+def test_address_where_a_peer_answered_stays_first_whatever_strangers_say() -> None:
+    book = AddressBook()
+    book.add(ALICE, ["/ip4/10.0.0.1/tcp/1"])
+    book.prove(ALICE, "/ip4/10.0.0.1/tcp/1")
+    book.add(ALICE, [f"/ip4/10.6.6.6/tcp/{port}" for port in range(1, 100)])
+    assert book.get(ALICE)[0] == "/ip4/10.0.0.1/tcp/1"
+    assert len(book.get(ALICE)) == MAX_ADDRESSES_PER_PEER + 1
 
 
 def test_book_forgets_the_peers_not_heard_of_for_longest() -> None:

@@ -240,3 +240,13 @@ async def test_random_traffic_under_random_cancellation_is_exact(
             ours, theirs = await connect(*((dialler, listener) if number % 2 else (listener, dialler)))
             nursery.start_soon(send, number, ours)
             nursery.start_soon(receive, number, theirs)
+
+
+async def test_buffers_of_any_shape_and_type_are_written_as_their_bytes(open_pair: OpenPair) -> None:
+    numbers = memoryview(bytearray(range(240)) * 1000).cast("f", shape=[100, 600])
+    async with open_pair() as (dialler, listener), trio.open_nursery() as nursery:
+        ours, theirs = await connect(dialler, listener)
+        nursery.start_soon(ours.write, b"head", numbers, memoryview(b"").cast("f"), memoryview(bytes(8)).cast("d"))
+        assert await read_exactly(theirs, 240_012) == b"head" + numbers.tobytes() + bytes(8)
+        await ours.write(memoryview(bytes(12)).cast("i"), b"tail")
+        assert await read_exactly(theirs, 16) == bytes(12) + b"tail"

@@ -35,9 +35,9 @@ class DhtConfig:
     """Nodes that hold each record; also the size of a bucket and of an answer."""
     alpha: int = 3
     """Requests of one lookup under way at once while it still comes closer to its target."""
-    read_quorum: int = 6
+    read_quorum: int = 4
     """A reader has asked enough when this many of the k closest living nodes have answered. Each holds all records of
-    the key, unless it came within the last seconds: six leave room for the newly arrived and for liars."""
+    the key, unless it came within the last seconds: four leave room for the newly arrived and for liars."""
     max_requests_per_lookup: int = 120
     """Six times k: a liar who invents contacts cannot keep a lookup going."""
     request_timeout_s: float = 2.0
@@ -65,15 +65,17 @@ class DhtConfig:
     max_bad_peer_s: float = 1800.0
     bootstrap_timeout_s: float = 10.0
     """For all given and known peers together, who are asked at once."""
-    join_refreshes: int = 2
+    join_refreshes: int = 1
     """Buckets filled when a serving node joins; the others follow one per `refresh_period_s`."""
     handover_delay_s: float = 0.5
     """Newcomers within this time are served together."""
+    trusted_s: float = 60.0
+    """After a sign of life a contact is not asked for another when a newcomer could use its place in the table."""
     settle_s: float = 60.0
     """Two renewals of an announcement: by then a newcomer holds all that it should."""
     housekeeping_period_s: float = 15.0
     """Expired records are dropped, idle streams closed, known peers saved."""
-    refresh_period_s: float = 60.0
+    refresh_period_s: float = 120.0
     """One bucket after the other is refreshed by a lookup of a random id in it; also the oldest contact is asked."""
     recover_first_s: float = 1.0
     """An empty table is filled again from the known peers after this long, doubling to `recover_most_s`."""

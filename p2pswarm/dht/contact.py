@@ -33,11 +33,15 @@ class Contact:
 
 
 class PeerNode(Node):  # type: ignore[misc]  # the package has no types
-    """A contact as the `kademlia` package's tables know it."""
+    """A contact as the `kademlia` package's tables and heaps know it."""
 
-    def __init__(self, contact: Contact) -> None:
+    def __init__(self, contact: Contact, came_at_s: float = 0.0, seen_at_s: float = 0.0) -> None:
         super().__init__(node_id_of(contact.peer_id))
         self.contact = contact
+        self.came_at_s = came_at_s
+        """When it was first seen, by whoever keeps it in a table."""
+        self.seen_at_s = seen_at_s
+        """Its last sign of life."""
 
 
 class TargetNode(Node):  # type: ignore[misc]  # the package has no types

@@ -14,7 +14,7 @@ It ends when `quorum` candidates have answered: for a writer all k, for a reader
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 
@@ -44,6 +44,34 @@ class _State(Enum):
     FAILED = "failed"
 
 
+class _Candidates(NodeHeap):  # type: ignore[misc]  # the package has no types
+    """The package's heap of nodes by distance, with a set and a list where it searches and sorts each time."""
+
+    def __init__(self, target: TargetNode, k: int) -> None:
+        super().__init__(target, k)
+        self._ids: set[bytes] = set()
+        self._closest: list[PeerNode] | None = None
+
+    def push(self, nodes: PeerNode) -> None:
+        super().push(nodes)
+        self._ids.add(nodes.id)
+        self._closest = None
+
+    def remove(self, peers: list[bytes]) -> None:
+        super().remove(peers)
+        self._ids.difference_update(peers)
+        self._closest = None
+
+    def __contains__(self, node: PeerNode) -> bool:
+        return node.id in self._ids
+
+    def __iter__(self) -> Iterator[PeerNode]:
+        """The k closest, the closest first."""
+        if self._closest is None:
+            self._closest = list(super().__iter__())
+        return iter(self._closest)
+
+
 class Lookup:
     """One walk towards `target_id`; the times are the caller's."""
 
@@ -57,7 +85,7 @@ class Lookup:
         self._limits = limits
         self._connected_peers = connected_peers
         self._target = TargetNode(target_id)
-        self._heap = NodeHeap(self._target, limits.k)
+        self._heap = _Candidates(self._target, limits.k)
         self._nodes: dict[PeerId, PeerNode] = {}
         self._states: dict[PeerId, _State] = {}
         self._asked_at_s: dict[PeerId, float] = {}

@@ -7,6 +7,7 @@ order. `docs/protocol-dht.md` is the page for strangers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, assert_never
 
 from p2pswarm.core.errors import MalformedMessage, UnknownMessage
@@ -200,11 +201,14 @@ def _contacts(fields: Fields) -> tuple[Contact, ...]:
 
 def _contact(fields: Fields, item: object) -> Contact:
     match item:
-        case [str(peer_id), list(addresses)] if is_peer_id(peer_id) and all(
-            isinstance(each, str) for each in addresses
-        ):
-            return Contact(PeerId(peer_id), usable_addresses(PeerId(peer_id), tuple(addresses)))
+        case [str(peer_id), [*addresses]] if all(isinstance(each, str) for each in addresses) and is_peer_id(peer_id):
+            return _usable_contact(PeerId(peer_id), tuple(addresses))
     fields.refuse("contacts to be pairs of a peer id and a list of addresses")
+
+
+@lru_cache(maxsize=8192)
+def _usable_contact(peer_id: PeerId, addresses: tuple[str, ...]) -> Contact:
+    return Contact(peer_id, usable_addresses(peer_id, addresses))
 
 
 def _refusals(fields: Fields) -> tuple[Refusal | None, ...]:

@@ -48,7 +48,6 @@ class Neighbours:
         self.bad_peers = BadPeers(config.bad_peer_s, config.max_bad_peer_s)
         self.num_asked = 0
         self.num_unanswered = 0
-        self._came_at_s: dict[PeerId, float] = {}
         self._heard_of: OrderedDict[PeerId, Contact] = OrderedDict()
         self._own_addresses: tuple[str, ...] = ()
         self._own_addresses_until_s = 0.0
@@ -109,23 +108,17 @@ class Neighbours:
         contact = Contact(peer_id, envelope.sender_addresses)
         self._known.asked_us(contact)
         is_new = peer_id not in self.table
-        in_the_way = self.table.seen(contact)
-        if in_the_way is not None:
-            self._test(in_the_way)
-        elif is_new:
-            self._came(contact)
-
-    def _came(self, contact: Contact) -> None:
-        self._came_at_s[contact.peer_id] = trio.current_time()
-        if len(self._newcomers) < MAX_NEWCOMERS:
+        now_s = trio.current_time()
+        in_the_way = self.table.seen(contact, now_s)
+        if in_the_way is None and is_new and len(self._newcomers) < MAX_NEWCOMERS:
             self._newcomers[contact.peer_id] = contact
             self._changed.set()
+        if in_the_way is not None and in_the_way.seen_at_s < now_s - self._config.trusted_s:
+            self._test(in_the_way.contact)
 
     def settled_contacts(self) -> list[Contact]:
         """Those in the table for so long that they hold what they should."""
-        latest_s = trio.current_time() - self._config.settle_s
-        came_at_s = self._came_at_s
-        return [contact for contact in self.table.contacts() if came_at_s.get(contact.peer_id, 0.0) <= latest_s]
+        return self.table.came_before(trio.current_time() - self._config.settle_s)
 
     def hear_of(self, contacts: Iterable[Contact]) -> list[Contact]:
         """Those of a stranger's contacts that are worth asking: not ourselves, and not silent lately."""
@@ -172,7 +165,6 @@ class Neighbours:
         self.num_unanswered += 1
         self.bad_peers.failed(peer_id, trio.current_time())
         self.table.remove(peer_id)
-        self._came_at_s.pop(peer_id, None)
         self._heard_of.pop(peer_id, None)
         if self.is_alone:
             self._changed.set()

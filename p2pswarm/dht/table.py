@@ -62,13 +62,14 @@ class PeerTable(RoutingTable):  # type: ignore[misc]  # the package has no types
     def contacts(self) -> Iterator[Contact]:
         return (node.contact for node in self._nodes())
 
-    def seen(self, contact: Contact) -> Contact | None:
+    def seen(self, contact: Contact, now_s: float) -> PeerNode | None:
         """Notes a sign of life of the contact.
 
-        Returns the least recently seen contact of its bucket where that is full: if it does not answer, `remove` it,
-        and the newcomer (or one after it) moves up.
+        Returns the least recently seen node of its bucket where that is full: if it does not answer, `remove` it, and
+        the newcomer (or one after it) moves up.
         """
-        node = PeerNode(contact)
+        before = self._find(contact.peer_id)
+        node = PeerNode(contact, now_s if before is None else before.came_at_s, now_s)
         if node.id == self.node.id:
             return None
         while True:
@@ -77,16 +78,18 @@ class PeerTable(RoutingTable):  # type: ignore[misc]  # the package has no types
                 return None
             if not bucket.has_in_range(self.node) and bucket.depth() % SPLIT_DEPTH == 0:
                 head: PeerNode = bucket.head()
-                return head.contact
+                return head
             self.split_bucket(self.buckets.index(bucket))
+
+    def came_before(self, moment_s: float) -> list[Contact]:
+        """The contacts that have been known since then, or longer."""
+        return [node.contact for node in self._nodes() if node.came_at_s <= moment_s]
 
     def remove(self, peer_id: PeerId) -> None:
         """Forgets the contact, if it is known; a replacement moves up."""
-        node_id = node_id_of(peer_id)
-        bucket = self._bucket_of(node_id)
-        node = bucket.nodes.get(node_id) or bucket.replacement_nodes.get(node_id)
+        node = self._find(peer_id)
         if node is not None:
-            bucket.remove_node(node)
+            self._bucket_of(node.id).remove_node(node)
 
     def closest(self, target_id: bytes, count: int) -> list[Contact]:
         """The `count` known contacts closest to the target, the closest first."""
@@ -97,6 +100,12 @@ class PeerTable(RoutingTable):  # type: ignore[misc]  # the package has no types
     def stalest_bucket(self) -> Bucket:
         """The bucket whose last refresh is longest ago."""
         return min(self.buckets, key=lambda bucket: bucket.refreshed_at_s)
+
+    def _find(self, peer_id: PeerId) -> PeerNode | None:
+        node_id = node_id_of(peer_id)
+        bucket = self._bucket_of(node_id)
+        node: PeerNode | None = bucket.nodes.get(node_id) or bucket.replacement_nodes.get(node_id)
+        return node
 
     def _bucket_of(self, node_id: bytes) -> Bucket:
         long_id = int.from_bytes(node_id, "big")

@@ -31,7 +31,7 @@ VALUE_BYTES = 600
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """What is simulated. Equal scenarios have the same nodes, records and fates; trio alone shuffles who moves first."""
+    """What is simulated. Equal ones have the same nodes, records and fates; trio alone shuffles who moves first."""
 
     num_nodes: int = 500
     dead: float = 0.3

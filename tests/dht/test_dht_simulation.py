@@ -1,4 +1,4 @@
-"""The DHT as a whole, a third of it dead or hung and some of it lying: all that lives is found, fast, and nothing bad."""
+"""The DHT as a whole, a third of it dead or hung and some lying: all that lives is found, fast, and nothing bad."""
 
 import sys
 

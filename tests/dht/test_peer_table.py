@@ -20,7 +20,7 @@ def contact(number: int) -> Contact:
 def filled_table(count: int, k: int = K) -> PeerTable:
     table = PeerTable(OWN_ID, k)
     for number in range(count):
-        table.seen(contact(number))
+        table.seen(contact(number), float(number))
     return table
 
 
@@ -51,19 +51,19 @@ def test_the_closest_k_to_ourselves_are_always_kept():
 
 def test_we_are_never_in_our_own_table():
     table = PeerTable(OWN_ID, K)
-    assert table.seen(Contact(PeerId("own"), ("/ip4/10.0.0.1/tcp/1/p2p/own",))) is None
+    assert table.seen(Contact(PeerId("own"), ("/ip4/10.0.0.1/tcp/1/p2p/own",)), 0.0) is None
     assert len(table) == 0
 
 
 def test_a_full_bucket_names_the_contact_in_the_way_and_its_removal_lets_the_newcomer_in():
     table = PeerTable(OWN_ID, K)
     numbers = iter(range(10_000))
-    while (in_the_way := table.seen(newcomer := contact(next(numbers)))) is None:
+    while (in_the_way := table.seen(newcomer := contact(next(numbers)), 0.0)) is None:
         pass
-    assert in_the_way.peer_id in table
+    assert in_the_way.contact.peer_id in table
     assert newcomer.peer_id not in table
-    table.remove(in_the_way.peer_id)
-    assert in_the_way.peer_id not in table
+    table.remove(in_the_way.contact.peer_id)
+    assert in_the_way.contact.peer_id not in table
     assert newcomer.peer_id in table
 
 
@@ -71,14 +71,14 @@ def test_a_contact_heard_of_again_is_no_longer_the_oldest():
     table = filled_table(3)
     bucket = table.buckets[0]
     assert oldest_contact(bucket) == contact(0)
-    table.seen(contact(0))
+    table.seen(contact(0), 9.0)
     assert oldest_contact(bucket) == contact(1)
 
 
 def test_new_addresses_of_a_contact_take_the_place_of_the_old_ones():
     table = filled_table(1)
     moved = Contact(contact(0).peer_id, ("/ip4/10.9.9.9/tcp/4001/p2p/peer 0",))
-    table.seen(moved)
+    table.seen(moved, 9.0)
     assert list(table.contacts()) == [moved]
 
 
@@ -100,3 +100,12 @@ def test_random_ids_fall_into_their_bucket(seed: int):
     for bucket in filled_table(60).buckets:
         long_id = int.from_bytes(random_id_in(bucket, Random(seed)), "big")
         assert bucket.range[0] <= long_id <= bucket.range[1]
+
+
+def test_a_contact_keeps_the_time_it_came_whatever_it_says_later():
+    table = filled_table(3)
+    table.seen(contact(0), 100.0)
+    assert set(table.came_before(1.0)) == {contact(0), contact(1)}
+    table.remove(contact(0).peer_id)
+    table.seen(contact(0), 100.0)
+    assert table.came_before(1.0) == [contact(1)]

@@ -4,6 +4,7 @@ Nothing heavy is imported before the command line has been understood, so that `
 """
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     flags = vars(make_parser().parse_args(arguments))
     command = flags.pop("command")
     config_path: Path | None = flags.pop("config", None)
+    gc.disable()  # until ready (`swarmd/serve.py`): a start makes a million objects, and hardly any garbage
     from swarmd import launch  # imports trio and the network: not for --help
 
     match command:

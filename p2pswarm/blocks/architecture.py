@@ -93,6 +93,11 @@ def check_config(config: "PretrainedConfig") -> None:
         )
     if not isinstance(getattr(text_config, "num_hidden_layers", None), int):
         raise UnsupportedModelError(f"a {config.model_type} model has no plain stack of layers (no num_hidden_layers)")
+    if getattr(text_config, "hidden_size_per_layer_input", 0):
+        raise UnsupportedModelError(
+            f"the blocks of this {config.model_type} model are told more of each token than its hidden state "
+            "(hidden_size_per_layer_input), which a server cannot know"
+        )
     for kind in sorted(set(layer_kinds(text_config)) - ATTENTION_KINDS):
         reason = REASONS_AGAINST_KINDS.get(kind, "are unknown here")
         raise UnsupportedModelError(f"some layers of a {config.model_type} model ({kind}) {reason}")

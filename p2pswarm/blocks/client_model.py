@@ -214,4 +214,5 @@ def load_client_model(
     _check_blocks_see_no_tokens(layout.decoder, first, device)
     if source.generation_config is not None:
         layout.model.generation_config = source.generation_config
+    layout.model.generation_config.use_cache = True  # some configs say False, and would send the whole text each time
     return layout.model

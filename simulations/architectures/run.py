@@ -30,6 +30,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from p2pswarm.blocks.architecture import check_config, lay_out
+from p2pswarm.blocks.refusals import REFUSALS
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.checkpoint.local_model import load_local_model
 from p2pswarm.core.errors import UnsupportedModelError
@@ -62,13 +63,15 @@ class Finding:
 
 def try_type(model_type: str) -> Finding:
     """Makes the type tiny and compares it in pieces with itself whole."""
+    if reason := REFUSALS.get(model_type):
+        return Finding(model_type, REFUSED, reason)
     if text_type := language_model_type(model_type):
         return Finding(model_type, PART, text_type)
     guesses = [_known(model_type, guess) for guess in GUESSES]
     tries = [dict(MORE_OPTIONS[model_type])] if model_type in MORE_OPTIONS else guesses
     if model_type in OPTIONS:
         tries = [{}]
-    reason = ""
+    why_not_made = ""
     for options in tries:
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -79,16 +82,25 @@ def try_type(model_type: str) -> Finding:
             except UnsupportedModelError as error:
                 return Finding(model_type, REFUSED, str(error))
             except Exception as error:  # noqa: BLE001 - whatever transformers makes of options it was not written for
-                reason = reason or _one_line(error)
+                why_not_made = why_not_made or _one_line(error)
                 continue
             try:
                 checkpoint = open_checkpoint(str(save_tiny_checkpoint(Path(folder), model_type, **options)))
                 _run_whole(checkpoint)
             except Exception as error:  # noqa: BLE001 - as above: such a model is not one to be tested
-                reason = reason or _one_line(error)
+                why_not_made = why_not_made or _one_line(error)
                 continue
             return compare(model_type, checkpoint)
-    return Finding(model_type, NOT_MADE, reason)
+    return refusal_by_default_config(model_type) or Finding(model_type, NOT_MADE, why_not_made)
+
+
+def refusal_by_default_config(model_type: str) -> Finding | None:
+    """What is said of the type as its authors configure it, for a type that cannot be made tiny."""
+    try:
+        check_config(CONFIG_MAPPING[model_type]())
+    except UnsupportedModelError as error:
+        return Finding(model_type, REFUSED, str(error))
+    return None
 
 
 def compare(model_type: str, checkpoint: Any) -> Finding:
@@ -106,10 +118,12 @@ def compare(model_type: str, checkpoint: Any) -> Finding:
 
 def language_model_type(model_type: str) -> str | None:
     """The type of the language model within a model of several parts, where it can stand alone."""
-    parts = getattr(CONFIG_MAPPING[model_type], "sub_configs", {})
-    part = parts.get("text_config")
-    found = getattr(part, "model_type", None)
-    return found if found in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and found != model_type else None
+    try:
+        config = CONFIG_MAPPING[model_type]()
+        text_type = str(config.get_text_config(decoder=True).model_type)
+    except (ValueError, TypeError, AttributeError):  # some have no defaults
+        return None
+    return text_type if text_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and text_type != model_type else None
 
 
 def _known(model_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -154,6 +168,17 @@ def try_in_a_process(model_type: str) -> Finding:
     return Finding(**json.loads(data))
 
 
+def with_fate_of_parts(findings: Sequence[Finding]) -> list[Finding]:
+    """Models of several parts are served as their language model is, or refused with it."""
+    status_of = {finding.model_type: finding.status for finding in findings}
+    return [
+        Finding(finding.model_type, REFUSED, f"its language model, {finding.note}, is {status_of[finding.note]}")
+        if finding.status == PART and status_of.get(finding.note, EXACT) != EXACT
+        else finding
+        for finding in findings
+    ]
+
+
 def table(findings: Sequence[Finding]) -> str:
     """The page that is published."""
     counts = Counter(finding.status for finding in findings)
@@ -194,6 +219,7 @@ def main() -> None:
         finding = try_in_a_process(model_type)
         findings.append(finding)
         print(f"{finding.model_type:28s} {finding.status:9s} {finding.note[:REASON_CHARACTERS]}", flush=True)
+    findings = with_fate_of_parts(findings)
     if not chosen:
         TABLE_PATH.write_text(table(findings))
     print(dict(Counter(finding.status for finding in findings)))

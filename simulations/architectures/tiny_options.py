@@ -53,6 +53,21 @@ MORE_OPTIONS: Mapping[str, Mapping[str, Any]] = {
         "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10_000.0},
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 64},
     },
+    "cohere_compass_text": {
+        **GROUPED_HEADS,
+        "sliding_window": SLIDING_WINDOW,
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), DEFAULT_ROPE["rope_parameters"]),
+    },
+    "lfm2": {**GROUPED_HEADS, "layer_types": ["conv", "full_attention"] * 4},
+    "lfm2_moe": {**GROUPED_HEADS, "layer_types": ["conv", "full_attention"] * 4},
+    "gemma4_text": {
+        **GROUPED_HEADS,
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 0,
+        "vocab_size_per_layer_input": 128,
+        "num_kv_shared_layers": 0,
+        "sliding_window": SLIDING_WINDOW,
+    },
     "deepseek_v2": {**LATENT_ATTENTION, "topk_method": "greedy", "num_experts_per_tok": 2},
     "longcat_flash": {
         **LATENT_ATTENTION,

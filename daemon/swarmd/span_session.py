@@ -67,7 +67,8 @@ class SpanSession:
         beam_indices = checks.read_beam_indices(step.beam_indices, self._request.batch_size)
 
         if self._cache is None:
-            self._cache = self._model.new_cache(self._request.batch_size, self._request.span)
+            request = self._request
+            self._cache = self._model.new_cache(request.batch_size, request.span, max_length=request.max_length)
         self._cache.crop(step.position)
         if beam_indices is not None:
             self._cache.reorder(beam_indices)

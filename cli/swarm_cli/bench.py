@@ -38,8 +38,8 @@ from swarm_cli.sample_model import sample_model
 from swarm_cli.sampling import GREEDY
 
 SHORT_PROMPT_TOKENS = 8
-FIRST_TOKEN_ID = 1000
-"""Prompts are consecutive token ids from here on: what they mean does not matter to the time they take."""
+FIRST_TOKEN_ID, TOKEN_IDS = 20, 100
+"""Prompts go through these ids, which every vocabulary has: what they mean does not matter to the time they take."""
 
 
 class TokenTimes(BaseStreamer):
@@ -122,8 +122,8 @@ async def _bench(arguments: argparse.Namespace, console: Console) -> int:
         dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
         distributed = await swarm.load(model, dtype=dtype)
         local: Any = await trio.to_thread.run_sync(load_local_model, distributed.checkpoint, distributed.shell.dtype)
-        async with distributed.session(max_length=1) as session:
-            await session.complete([FIRST_TOKEN_ID], max_new_tokens=1)
+        async with distributed.session(max_length=2) as session:
+            await session.complete(consecutive_tokens(1), **_exactly(1))
             route = session.route
         assert route is not None
         result = await _measure(
@@ -169,8 +169,7 @@ async def _measure(
     in_swarm: Generate, locally: Generate, num_hops: int, arguments: argparse.Namespace, console: Console
 ) -> Result:
     """Swarm and local model in turn, round by round: when the machine speeds up or slows down, it does so for both."""
-    short = list(range(FIRST_TOKEN_ID, FIRST_TOKEN_ID + SHORT_PROMPT_TOKENS))
-    long = list(range(FIRST_TOKEN_ID, FIRST_TOKEN_ID + arguments.prompt_tokens))
+    short, long = consecutive_tokens(SHORT_PROMPT_TOKENS), consecutive_tokens(arguments.prompt_tokens)
     decoded: dict[Generate, list[Measured]] = {in_swarm: [], locally: []}
     prefilled: dict[Generate, list[Measured]] = {in_swarm: [], locally: []}
     for number in range(arguments.rounds + 1):
@@ -191,6 +190,11 @@ async def _measure(
         overhead_per_hop_ms=(swarm_s - local_s) / num_hops * 1000,
         is_exact=len(outputs) == 1,
     )
+
+
+def consecutive_tokens(num_tokens: int) -> list[int]:
+    """A prompt of that many tokens."""
+    return [FIRST_TOKEN_ID + index % TOKEN_IDS for index in range(num_tokens)]
 
 
 def _median_decode_s(rounds: Sequence[Measured]) -> float:

@@ -4,7 +4,8 @@ A chain never mends itself: when a hop fails, the error names the server and its
 `client/session.py` opens chains and decides what happens then.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -48,6 +49,24 @@ class StepInput:
     @property
     def num_tokens_in_total(self) -> int:
         return self.batch_size * self.num_tokens
+
+
+def in_parts(step: StepInput, max_bytes: int) -> Iterator[StepInput]:
+    """The step as several, one after the other, each with hidden states of at most `max_bytes` (or of one token)."""
+    bytes_per_token = step.batch_size * step.hidden_states.shape[2] * step.hidden_states.dtype.itemsize
+    tokens_at_once = max(1, max_bytes // bytes_per_token)
+    if step.num_tokens <= tokens_at_once:
+        yield step
+        return
+    for start in range(0, step.num_tokens, tokens_at_once):
+        part = slice(start, start + tokens_at_once)
+        yield StepInput(
+            step.hidden_states[:, part],
+            step.position + start,
+            None if step.attention_mask is None else step.attention_mask[:, part],
+            None if step.position_ids is None else step.position_ids[:, part],
+            step.beam_indices if start == 0 else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +189,8 @@ def at_hop(error: HopError, hop: Hop) -> HopError:
 def decode_finite(wire: WireTensor, hop: Hop) -> torch.Tensor:
     """The answer's tensor. Raises `BadAnswer` when a value is not a finite number."""
     hidden_states = decode_tensor(wire)
-    if not torch.isfinite(hidden_states).all():
+    # The sum is not finite if any value is not: one pass. Large finite values can do that too, so then look closely.
+    if not math.isfinite(hidden_states.sum(dtype=torch.float32)) and not torch.isfinite(hidden_states).all():
         raise BadAnswer("the hidden states hold values that are not finite", hop.peer_id)
     return hidden_states
 

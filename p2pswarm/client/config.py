@@ -34,6 +34,8 @@ class ClientConfig:
     """For one server's answer to a step; a long prompt gets `step_timeout_per_token_s` more."""
     step_timeout_per_token_s: float = 0.25
     """For each token of each sequence of a step; a slow CPU server runs 20 blocks of a 7B model in about that."""
+    max_step_bytes: int = 32 << 20
+    """Hidden states of one step; longer prompts go in parts. Servers take frames of 64 MiB."""
     stop_grace_s: float = 2.0
     """How long a stopped generation may finish the step it is in; after that the session is lost."""
     ban_s: float = 15.0

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 import trio
 
-from p2pswarm.client.chain import Chain, StepInput, open_chain
+from p2pswarm.client.chain import Chain, StepInput, in_parts, open_chain
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.history import TokenHistory
 from p2pswarm.client.model_servers import ModelServers
@@ -82,14 +82,14 @@ class Session:
         with self._alone():
             chain = await self._chain_for(step)
             try:
-                hidden_states = await chain.step(step)
+                parts = [await chain.step(part) for part in in_parts(step, self._config.max_step_bytes)]
             except BaseException as error:
                 self._end(f"is broken: {error}" if isinstance(error, Exception) else "was interrupted in a step")
                 if isinstance(error, RemoteError | NetworkError):
                     self._servers.report_failure(error)
                 raise
             self._position = step.position + step.num_tokens
-            return hidden_states
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def close(self) -> None:
         """Ends the session at all servers; further steps raise `SessionClosed`."""

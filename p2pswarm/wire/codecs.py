@@ -67,7 +67,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    return tensor.cpu().reshape(-1).view(torch.uint8).numpy().data
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _laid_on(data: memoryview, dtype: torch.dtype) -> torch.Tensor:

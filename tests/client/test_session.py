@@ -50,6 +50,21 @@ async def test_steps_and_going_back_agree_with_the_local_model(open_world, local
         assert session.position == 12
 
 
+async def test_long_steps_go_in_parts_with_their_masks_and_positions(open_world, local) -> None:
+    x, mask = states(9, batch_size=2), torch.ones(2, 9, dtype=torch.bool)
+    mask[1, :3] = False
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    step = StepInput(x, 0, mask, position_ids)
+    answers = []
+    for max_step_bytes in (1 << 20, 2 * 4 * HIDDEN_SIZE * 4, 1):
+        config = ClientConfig(known_peers_path=None, max_step_bytes=max_step_bytes)
+        async with open_world(config=config) as world, world.model.session(max_length=9) as session:
+            answers.append(await session.step(step))
+            assert session.position == 9
+    for answer in answers[1:]:
+        torch.testing.assert_close(answer[mask], answers[0][mask], rtol=1e-4, atol=1e-5)
+
+
 async def test_room_is_taken_for_the_session_and_given_back(open_world) -> None:
     async with open_world() as world:
         async with world.model.session(max_length=20) as session:

@@ -153,3 +153,9 @@ def test_one_value_that_is_not_finite_is_noticed(bad: float, dtype: torch.dtype)
     assert is_finite(tensor[:, :0])
     tensor[1, 2, 3] = bad
     assert not is_finite(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
+def test_slices_of_larger_tensors_can_be_sent(dtype: torch.dtype) -> None:
+    column = torch.arange(18).reshape(2, 9).to(dtype)[:, 4:5]
+    assert torch.equal(decode_tensor(encode_tensor(column)), column)

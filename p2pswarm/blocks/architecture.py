@@ -5,6 +5,7 @@ its config has layers. What cannot be cut is refused here, with the reason; `REF
 only experience tells (`docs/architectures.md` is made by trying them all).
 """
 
+import copy
 import inspect
 import threading
 from collections.abc import Iterator, Mapping
@@ -67,7 +68,7 @@ def lay_out(config: "PretrainedConfig", dtype: torch.dtype) -> Layout:
     Of a model that also sees or hears, only the language model is built.
     """
     check_config(config)
-    text_config = config.get_text_config(decoder=True)
+    text_config = copy.deepcopy(config.get_text_config(decoder=True))  # models change theirs, even while they run
     model = _build(_model_class(text_config), text_config, dtype)
     num_blocks = int(text_config.num_hidden_layers)
     layout = Layout(model, _find_blocks(model, num_blocks), num_blocks, int(text_config.hidden_size))

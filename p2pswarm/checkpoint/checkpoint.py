@@ -17,7 +17,7 @@ import torch
 from p2pswarm.checkpoint.fingerprint import HashProgress, file_sha256, fingerprint
 from p2pswarm.checkpoint.gguf_store import GgufStore
 from p2pswarm.checkpoint.hub import HubModel
-from p2pswarm.checkpoint.local_folder import CONFIG_NAME, read_config_json, weight_files
+from p2pswarm.checkpoint.local_folder import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config_json, weight_files
 from p2pswarm.checkpoint.safetensors_store import SafetensorsStore, TensorStore
 from p2pswarm.core.errors import CheckpointError, UnsupportedModelError
 from p2pswarm.core.ids import ModelId
@@ -60,7 +60,7 @@ class Checkpoint:
         from transformers import AutoConfig
 
         try:
-            config: PretrainedConfig = AutoConfig.from_pretrained(self._config_folder)
+            config: PretrainedConfig = AutoConfig.from_pretrained(self._config_folder, trust_remote_code=False)
         except (ValueError, KeyError, OSError) as error:
             raise UnsupportedModelError(f"transformers cannot use the config of {self.name}: {error}") from error
         return config
@@ -94,7 +94,9 @@ class Checkpoint:
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self._tokenizer_folder())
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            self._tokenizer_folder(), trust_remote_code=False
+        )
         return tokenizer
 
     @cached_property
@@ -102,7 +104,7 @@ class Checkpoint:
         """The author's defaults for `generate`; None where there are none."""
         from transformers import GenerationConfig
 
-        if not (self._config_folder / "generation_config.json").exists():
+        if not (self._config_folder / GENERATION_CONFIG_NAME).exists():
             return None
         return GenerationConfig.from_pretrained(self._config_folder)
 
@@ -164,12 +166,12 @@ def _open_gguf(path: Path, progress: HashProgress | None) -> Checkpoint:
 
 
 def _open_hub(hub: HubModel) -> Checkpoint:
-    config_path = hub.fetch(CONFIG_NAME)
-    raw_config = read_config_json(config_path)
+    config_folder = hub.config_folder()
+    raw_config = read_config_json(config_folder / CONFIG_NAME)
     return Checkpoint(
         hub.name.split("/")[-1],
         SafetensorsStore(hub.weight_files(), hub.fetch),
-        config_folder=config_path.parent,
+        config_folder=config_folder,
         raw_config=raw_config,
         weight_hashes=hub.weight_hashes,
         tokenizer_folder=hub.tokenizer_folder,

@@ -17,7 +17,14 @@ from huggingface_hub import errors
 
 from p2pswarm.checkpoint.cache_directory import cache_directory, write_atomically
 from p2pswarm.checkpoint.fingerprint import file_sha256
-from p2pswarm.checkpoint.local_folder import INDEX_NAME, PICKLE_REFUSAL, PICKLE_SUFFIXES, SINGLE_FILE_NAME
+from p2pswarm.checkpoint.local_folder import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    INDEX_NAME,
+    PICKLE_REFUSAL,
+    PICKLE_SUFFIXES,
+    SINGLE_FILE_NAME,
+)
 from p2pswarm.checkpoint.safetensors_store import open_safetensors, read_index
 from p2pswarm.core.errors import CheckpointError
 
@@ -94,12 +101,19 @@ class HubModel:
             hashes[name] = self._at.sha256_of.get(name) or file_sha256(self.fetch(name))
         return hashes
 
+    def config_folder(self) -> Path:
+        """The folder of the snapshot, with the config in it and the author's settings for generation."""
+        return self._folder_with(GENERATION_CONFIG_NAME)
+
     def tokenizer_folder(self) -> Path:
-        """The folder of the snapshot, with the tokenizer's files in it."""
-        for name in TOKENIZER_FILES:
+        """The folder of the snapshot, with the config and the tokenizer's files in it."""
+        return self._folder_with(*TOKENIZER_FILES)
+
+    def _folder_with(self, *names: str) -> Path:
+        for name in names:
             if name in self._at.sha256_of:
                 self.fetch(name)
-        return self.fetch("config.json").parent
+        return self.fetch(CONFIG_NAME).parent
 
     @cached_property
     def _at(self) -> HubRevision:

@@ -8,6 +8,7 @@ from p2pswarm.checkpoint.safetensors_store import open_safetensors, read_index
 from p2pswarm.core.errors import CheckpointError
 
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 SINGLE_FILE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")

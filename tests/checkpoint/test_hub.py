@@ -71,6 +71,13 @@ def test_a_server_downloads_only_the_shards_of_its_span(hub: FakeHub) -> None:
     assert 1 <= len(shards) < total
 
 
+def test_the_author_s_settings_for_generation_come_along(hub: FakeHub) -> None:
+    settings = open_checkpoint("tiny/llama").generation_config
+
+    assert settings is not None
+    assert settings.eos_token_id == 2
+
+
 def test_hub_id_and_local_copy_have_the_same_model_id(hub: FakeHub) -> None:
     assert open_checkpoint("tiny/llama").model_id == open_checkpoint(str(hub.folder)).model_id
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from p2pswarm.blocks.span_model import load_span
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.checkpoint.fingerprint import file_sha256
-from p2pswarm.core.errors import CheckpointError
+from p2pswarm.core.errors import CheckpointError, UnsupportedModelError
 from p2pswarm.core.span import Span
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint, save_tiny_tokenizer
 
@@ -86,6 +86,15 @@ def test_a_damaged_file_is_named(folder: Path) -> None:
 def test_a_folder_without_a_config_is_no_model(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         open_checkpoint(str(tmp_path))
+
+
+def test_a_model_that_brings_its_own_code_is_refused_without_asking(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    code = {"model_type": "novel", "auto_map": {"AutoConfig": "configuration_novel.NovelConfig"}}
+    (folder / "config.json").write_text(json.dumps({**config, **code}))
+
+    with pytest.raises(UnsupportedModelError, match="cannot use the config of tiny-llama"):
+        open_checkpoint(str(folder)).config  # noqa: B018
 
 
 def test_a_path_that_is_nothing_is_not_asked_of_the_hub() -> None:

@@ -36,8 +36,10 @@ class DhtConfig:
     alpha: int = 3
     """Requests of one lookup under way at once while it still comes closer to its target."""
     read_quorum: int = 4
-    """A reader has asked enough when this many of the k closest living nodes have answered. Each holds all records of
-    the key, unless it came within the last seconds: four leave room for the newly arrived and for liars."""
+    """A reader has asked enough when this many of the `read_window` closest living nodes have answered. Each holds all
+    records of the key, unless it came within the last seconds: four leave room for the newly arrived and for liars."""
+    read_window: int = 10
+    """Half of k: when a third of the nodes has died since a record was stored, these still hold it, nearly all."""
     max_requests_per_lookup: int = 120
     """Six times k: a liar who invents contacts cannot keep a lookup going."""
     request_timeout_s: float = 2.0
@@ -45,8 +47,6 @@ class DhtConfig:
     stagger_s: float = 0.1
     """A request without an answer after this long no longer counts among the `alpha`: a dial takes eight round
     trips."""
-    slow_after_s: float = 0.75
-    """A lookup does without an answer after this long, if others can take its place; it still counts when it comes."""
     max_outgoing_requests: int = 64
     max_links: int = 256
     """Streams kept open for later requests, one per peer; the least recently used is closed first."""
@@ -86,8 +86,8 @@ class DhtConfig:
         for name in ("k", "alpha", "read_quorum", "max_requests_per_lookup", "max_outgoing_requests", "max_links"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}")
-        if self.read_quorum > self.k:
-            raise ConfigError(f"read_quorum is at most k ({self.k}), got {self.read_quorum}")
-        if not 0 < self.stagger_s <= self.slow_after_s <= self.request_timeout_s:
-            times = f"{self.stagger_s}, {self.slow_after_s} and {self.request_timeout_s}"
-            raise ConfigError(f"wanted 0 < stagger_s <= slow_after_s <= request_timeout_s, got {times}")
+        if not self.read_quorum <= self.read_window <= self.k:
+            sizes = f"{self.read_quorum}, {self.read_window} and {self.k}"
+            raise ConfigError(f"wanted read_quorum <= read_window <= k, got {sizes}")
+        if not 0 < self.stagger_s <= self.request_timeout_s:
+            raise ConfigError(f"wanted 0 < stagger_s <= {self.request_timeout_s} (the timeout), got {self.stagger_s}")

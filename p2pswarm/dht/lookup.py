@@ -1,18 +1,20 @@
 """The course of one lookup: whom to ask next on the way to the nodes closest to a target, and when to stop.
 
-Sans-IO: facts in (`answered`, `failed`, `advance`), decisions out (`next_to_ask`, `is_finished`). `dht/walk.py` carries
-them out. The candidates are the k closest contacts heard of so far, less those that did not answer. It goes beyond the
-Kademlia paper in four ways:
+Sans-IO: facts in (`answered`, `failed`), decisions out (`next_to_ask`, `is_finished`). `dht/walk.py` carries them out.
+The candidates are the k closest contacts heard of so far, less those that did not answer. It goes beyond the Kademlia
+paper in three ways:
 
-- Loosely parallel: a request without an answer after `stagger_s` no longer counts among the `alpha` under way.
-- A request without an answer after `slow_after_s` gives its place among the candidates to the next; it gets it back if
-  an answer comes in time. So a hung peer costs a moment, not its whole timeout.
+- Loosely parallel: a request without an answer after `stagger_s` no longer counts among the `alpha` under way, so that
+  a hung peer costs a moment and not its whole timeout.
 - Whoever is connected already is asked first, since a dial takes eight round trips.
 - Once `alpha` answers in a row have brought nothing closer, as many as the end still wants are asked at once.
 
-It ends when `quorum` candidates have answered: for a writer all k, for a reader a few.
+It ends when `quorum` of the `window` closest candidates have answered. For a writer both are k. For a reader the quorum
+is a few, and the window half of k: when a third of the holders has died, the k closest living nodes are no longer all
+holders, but nearly all of the k / 2 closest are.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -31,15 +33,14 @@ class LookupLimits:
     k: int
     alpha: int
     quorum: int
+    window: int
     max_requests: int
     stagger_s: float
-    slow_after_s: float
 
 
 class _State(Enum):
     FRESH = "fresh"
     ASKED = "asked"
-    SLOW = "slow"
     ANSWERED = "answered"
     FAILED = "failed"
 
@@ -101,8 +102,7 @@ class Lookup:
         if room <= 0:
             return []
         connected_peers = self._connected_peers()
-        fresh = [node.contact for node in self._heap if self._state(node) is _State.FRESH]
-        fresh.sort(key=lambda contact: contact.peer_id not in connected_peers)
+        fresh = sorted(self._fresh(), key=lambda contact: contact.peer_id not in connected_peers)
         chosen = fresh[:room]
         for contact in chosen:
             self._states[contact.peer_id] = _State.ASKED
@@ -112,8 +112,6 @@ class Lookup:
 
     def answered(self, peer_id: PeerId, contacts: Iterable[Contact]) -> None:
         """The peer answered, and named these contacts."""
-        if self._states[peer_id] is _State.SLOW:
-            self._heap.push(self._nodes[peer_id])
         self._settle(peer_id, _State.ANSWERED)
         gains = [self._meet(contact) for contact in contacts]
         self._answers_without_gain = 0 if any(gains) else self._answers_without_gain + 1
@@ -123,29 +121,17 @@ class Lookup:
         self._settle(peer_id, _State.FAILED)
         self._heap.remove([self._nodes[peer_id].id])
 
-    def advance(self, now_s: float) -> None:
-        """Goes on without those that have taken too long."""
-        latest_s = now_s - self._limits.slow_after_s
-        for peer_id in [peer_id for peer_id, asked_at_s in self._asked_at_s.items() if asked_at_s <= latest_s]:
-            self._settle(peer_id, _State.SLOW)
-            self._heap.remove([self._nodes[peer_id].id])
-
     def wake_at_s(self, now_s: float) -> float:
-        """When there is something to do even if no answer comes."""
-        limits = self._limits
-        moments_s = [
-            at_s + wait_s for at_s in self._asked_at_s.values() for wait_s in (limits.stagger_s, limits.slow_after_s)
-        ]
+        """When more may be asked even if no answer comes."""
+        moments_s = (asked_at_s + self._limits.stagger_s for asked_at_s in self._asked_at_s.values())
         return min((moment_s for moment_s in moments_s if moment_s > now_s), default=math.inf)
 
     @property
     def is_finished(self) -> bool:
-        states = [self._state(node) for node in self._heap]
-        if states.count(_State.ANSWERED) >= self._limits.quorum:
+        if self._num_answered() >= self._limits.quorum:
             return True
-        may_ask = self.num_requests < self._limits.max_requests and _State.FRESH in states
-        is_waiting = any(state in (_State.ASKED, _State.SLOW) for state in self._states.values())
-        return not (may_ask or is_waiting)
+        may_ask = self.num_requests < self._limits.max_requests and bool(self._fresh())
+        return not (may_ask or self._asked_at_s)
 
     def closest_answered(self) -> list[Contact]:
         """Up to k contacts that answered, the closest first."""
@@ -173,11 +159,19 @@ class Lookup:
         limits = self._limits
         num_under_way = len(self._asked_at_s)
         num_recent = sum(at_s > now_s - limits.stagger_s for at_s in self._asked_at_s.values())
-        room = min(limits.alpha - num_recent, max(2 * limits.alpha, limits.quorum) - num_under_way)
+        room = min(limits.alpha - num_recent, limits.quorum + 2 * limits.alpha - num_under_way)
         if self._answers_without_gain < limits.alpha:
             return room
-        num_answered = sum(self._state(node) is _State.ANSWERED for node in self._heap)
-        return max(room, limits.quorum - num_answered - num_under_way)
+        return max(room, limits.quorum - self._num_answered() - num_under_way)
+
+    def _window(self) -> Iterable[PeerNode]:
+        return itertools.islice(self._heap, self._limits.window)
+
+    def _fresh(self) -> list[Contact]:
+        return [node.contact for node in self._window() if self._state(node) is _State.FRESH]
+
+    def _num_answered(self) -> int:
+        return sum(self._state(node) is _State.ANSWERED for node in self._window())
 
     def _state(self, node: PeerNode) -> _State:
         return self._states[node.contact.peer_id]

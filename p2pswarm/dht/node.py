@@ -170,7 +170,7 @@ class DhtNode:
         async def read_from(holder: Contact) -> Sequence[Contact] | None:
             return await self._read_from(holder, reading)
 
-        await self._walks.run(key_id_of(key), self._config.read_quorum, read_from)
+        await self._walks.run(key_id_of(key), self._config.read_quorum, self._config.read_window, read_from)
         return reading.records(self._clock.unix_time_s())
 
     def statistics(self) -> DhtStatistics:

@@ -34,29 +34,28 @@ class Walks:
             answer = await self._neighbours.ask(contact, FindNode(target_id), FoundNodes)
             return None if answer is None else self._neighbours.hear_of(answer.contacts)
 
-        return await self.run(target_id, quorum, ask_one)
+        return await self.run(target_id, quorum, self._config.k, ask_one)
 
-    async def run(self, target_id: bytes, quorum: int, ask_one: AskOne) -> Sequence[Contact]:
-        """Walks until `quorum` of the k closest living nodes have answered; returns those that did."""
+    async def run(self, target_id: bytes, quorum: int, window: int, ask_one: AskOne) -> Sequence[Contact]:
+        """Walks until `quorum` of the `window` closest living nodes have answered; returns those that did, up to k."""
         start = self._neighbours.closest_heard_of(target_id)
-        lookup = Lookup(target_id, start, self._limits(quorum), self._neighbours.connected_peers)
+        lookup = Lookup(target_id, start, self._limits(quorum, window), self._neighbours.connected_peers)
         walk = _Walk(lookup, ask_one)
         while True:
-            lookup.advance(trio.current_time())
             for contact in lookup.next_to_ask(trio.current_time()):
                 self._background.start_soon(walk.ask, contact)
             if lookup.is_finished:
                 return lookup.closest_answered()
             await walk.wait_changed()
 
-    def _limits(self, quorum: int) -> LookupLimits:
+    def _limits(self, quorum: int, window: int) -> LookupLimits:
         return LookupLimits(
             k=self._config.k,
             alpha=self._config.alpha,
             quorum=quorum,
+            window=window,
             max_requests=self._config.max_requests_per_lookup,
             stagger_s=self._config.stagger_s,
-            slow_after_s=self._config.slow_after_s,
         )
 
 
@@ -75,7 +74,7 @@ class _Walk:
         self._changed.set()
 
     async def wait_changed(self) -> None:
-        """Until an answer or a silence comes, or a request has become slow."""
+        """Until an answer or a silence comes, or it is time to ask more."""
         with trio.move_on_at(self._lookup.wake_at_s(trio.current_time())):
             await self._changed.wait()
         self._changed = trio.Event()

@@ -416,6 +416,6 @@ async def test_a_cancelled_lookup_harms_nothing(autojump_clock):
 
 
 def test_the_settings_must_make_sense():
-    for changes in ({"k": 0}, {"read_quorum": 21}, {"slow_after_s": 3.0}, {"stagger_s": 0.0}):
+    for changes in ({"k": 0}, {"read_quorum": 21}, {"read_window": 3}, {"stagger_s": 0.0}):
         with pytest.raises(ConfigError):
             DhtConfig(**changes)

@@ -106,7 +106,11 @@ class Host:
 
     @property
     def connected_peers(self) -> frozenset[PeerId]:
-        return frozenset(self._connections)
+        return frozenset(
+            peer_id
+            for peer_id, connections in self._connections.items()
+            if any(not connection.is_closed for connection in connections)
+        )
 
     def round_trip_s(self, peer_id: PeerId) -> float | None:
         measured = [connection.round_trip_s for connection in self._connections.get(peer_id, ())]

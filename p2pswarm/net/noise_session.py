@@ -12,12 +12,9 @@ from typing import Any, cast
 import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
-from libp2p.abc import IRawConnection, ISecureConn
-from libp2p.peer.id import ID
-from libp2p.security.noise.transport import Transport
-from libp2p.security.secure_session import SecureSession
 
 from p2pswarm.core.errors import ConnectionLost, ProtocolViolation
+from p2pswarm.net.libp2p_parts import ID, IRawConnection, ISecureConn, SecureSession, Transport
 
 MAX_PLAINTEXT_BYTES = 65535 - 16
 """Of one noise message: 65,535 bytes with its tag."""

@@ -9,12 +9,17 @@ import logging
 from collections import deque
 
 import trio
-from libp2p.abc import IMuxedConn, IMuxedStream
-from libp2p.io.exceptions import IOException
-from libp2p.stream_muxer.exceptions import MuxedConnError, MuxedStreamEOF, MuxedStreamError
 
 from p2pswarm.core.errors import ConnectionLost
 from p2pswarm.core.ids import PeerId, ProtocolId
+from p2pswarm.net.libp2p_parts import (
+    IMuxedConn,
+    IMuxedStream,
+    IOException,
+    MuxedConnError,
+    MuxedStreamEOF,
+    MuxedStreamError,
+)
 from p2pswarm.net.network import Buffer
 
 READ_AHEAD_BYTES = 256 * 1024

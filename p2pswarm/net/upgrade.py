@@ -1,30 +1,33 @@
 """From bare TCP to an authenticated connection with streams: libp2p's negotiation, our noise session and muxer.
 
 The order in which muxers are offered is the order of preference: ours, then stock yamux, so that any libp2p node can
-connect. This and its neighbours `noise_session.py` and `stock_connection.py` are all that imports libp2p.
+connect. All that is used of libp2p comes from `libp2p_parts.py`.
 """
 
 import logging
 from typing import Any, cast
 
 import trio
-from libp2p.abc import IMuxedConn, ISecureConn
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_key_pair
-from libp2p.custom_types import TProtocol
-from libp2p.io.trio import TrioTCPStream
-from libp2p.network.connection.raw_connection import RawConnection
-from libp2p.peer.id import ID
-from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
-from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX_PROTOCOL
-from libp2p.stream_muxer.yamux.yamux import Yamux
-from libp2p.transport.upgrader import TransportUpgrader
 
 from p2pswarm.core.errors import ConnectionLost
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.connection import Connection
 from p2pswarm.net.identity import Identity, is_peer_id
+from p2pswarm.net.libp2p_parts import (
+    ID,
+    NOISE_PROTOCOL,
+    YAMUX_PROTOCOL,
+    IMuxedConn,
+    ISecureConn,
+    RawConnection,
+    TProtocol,
+    TransportUpgrader,
+    TrioTCPStream,
+    Yamux,
+    create_new_key_pair,
+    create_new_noise_key_pair,
+)
 from p2pswarm.net.mux_connection import MUX_PROTOCOL, MuxConnection
 from p2pswarm.net.noise_session import NoiseSession, NoiseTransport
 from p2pswarm.net.stock_connection import StockConnection

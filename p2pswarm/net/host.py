@@ -224,7 +224,11 @@ class Host:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run)
                 while (stream := await connection.accept_stream()) is not None:
-                    nursery.start_soon(self._serve_stream, stream)
+                    # Streams that the peer has reset no longer count as open, but their handlers may still be at work.
+                    if len(nursery.child_tasks) > self._config.max_streams_per_connection:
+                        stream.reset()
+                    else:
+                        nursery.start_soon(self._serve_stream, stream)
                 self._forget(connection)
         except Exception:  # isolation border: a bug in one connection must not take the node down
             logger.exception("connection to %s failed", connection.peer_id)

@@ -138,6 +138,7 @@ class MuxStream:
             elif not self._owner.has_room():
                 self._waits_for_room = True
                 await self._owner.wait_room()
+                self._waits_for_room = False
             else:
                 end = min(len(view), start + self._send_credit_bytes, start + MAX_FRAME_BYTES)
                 self._send_credit_bytes -= end - start

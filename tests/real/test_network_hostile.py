@@ -112,6 +112,26 @@ async def test_connections_beyond_the_limits_are_refused() -> None:
         await assert_echoes(one, server.peer_id)
 
 
+async def test_streams_opened_and_reset_do_not_pile_up_handlers() -> None:
+    num_running = 0
+
+    async def stay(_: object) -> None:
+        nonlocal num_running
+        num_running += 1
+        await trio.sleep_forever()
+
+    async with (
+        node(NetworkConfig(max_streams_per_connection=10)) as server,
+        open_network(Identity.generate()) as client,
+    ):
+        server.serve(HOLD, stay)
+        await client.connect(server.addresses[0])
+        for _ in range(30):
+            with contextlib.suppress(ConnectionLost):
+                (await client.open_stream(server.peer_id, HOLD)).reset()
+        assert num_running == 10
+
+
 async def test_taken_port_is_named() -> None:
     async with node() as server:
         transport, _ = split_peer_address(server.addresses[0])

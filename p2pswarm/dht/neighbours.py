@@ -98,7 +98,10 @@ class Neighbours:
             except (NetworkError, RemoteError) as error:
                 logger.debug("%s", error)
         request = FindNode(node_id_of(self.own_peer_id))
-        return await self.ask(contact, request, FoundNodes, self._config.bootstrap_timeout_s) is not None
+        answer = await self.ask(contact, request, FoundNodes, self._config.bootstrap_timeout_s)
+        if answer is not None:
+            self.hear_of(answer.contacts)
+        return answer is not None
 
     def heard_from(self, peer_id: PeerId, envelope: Envelope) -> None:
         """A sign of life: the peer answered, or asked us something. It enters the table if it serves."""

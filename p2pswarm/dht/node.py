@@ -11,6 +11,7 @@ Owners renew their records (`directory/announcer.py`); nodes hand records to new
 find their way back after an outage (`dht/upkeep.py`). `docs/protocol-dht.md` has the bytes.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from p2pswarm.dht.known_peers import KnownPeers
 from p2pswarm.dht.messages import DHT_PROTOCOL, FoundRecords, Store, Stored
 from p2pswarm.dht.neighbours import Neighbours
 from p2pswarm.dht.reading import Reading
-from p2pswarm.dht.record import RecordChecker, SignedRecord
+from p2pswarm.dht.record import RecordChecker, Refusal, SignedRecord
 from p2pswarm.dht.store import RecordStore
 from p2pswarm.dht.upkeep import Upkeep
 from p2pswarm.dht.walk import Walks
@@ -41,7 +42,10 @@ MAX_PAGES_PER_HOLDER = 64
 """2048 records of the usual size fill 16 pages, of the largest 140; other holders send the rest."""
 RECORDS_BETWEEN_BREATHS = 8
 """Checking this many new signatures takes 1 ms; then other tasks have their turn."""
+CLOCK_HINT = " (`expired` or `too_long_lived`: does this machine's clock go wrong?)"
 DEFAULT_CONFIG = DhtConfig()
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,21 +146,22 @@ class DhtNode:
         if refusal is not None:
             raise ConfigError(f"nobody would store this record of {record.owner}: {refusal.value}")
         key_id = key_id_of(record.key)
-        holders = list(await self._walks.find_closest(key_id, self._config.k))
-        num_taken = 0
+        holders = await self._walks.find_closest(key_id, self._config.k)
+        outcomes: list[Refusal | None] = []
         if self.serves and _is_among_closest(node_id_of(self._network.peer_id), key_id, holders, self._config.k):
             holders = holders[: self._config.k - 1]
-            num_taken += self._store.put(record, self._clock.unix_time_s()) is None
+            outcomes.append(self._store.put(record, self._clock.unix_time_s()))
 
         async def store_at(holder: Contact) -> None:
-            nonlocal num_taken
             answer = await self._neighbours.ask(holder, Store((record,)), Stored)
-            num_taken += answer is not None and answer.refusals == (None,)
+            if answer is not None:
+                outcomes.extend(answer.refusals[:1])
 
         async with trio.open_nursery() as nursery:
             for holder in holders:
                 nursery.start_soon(store_at, holder)
-        return num_taken
+        _tell_if_refused(record, outcomes)
+        return outcomes.count(None)
 
     async def get(self, key: bytes, known: Iterable[SignedRecord] = ()) -> Mapping[PeerId, SignedRecord]:
         """The newest valid record of each owner under the key.
@@ -190,18 +195,25 @@ class DhtNode:
         """Takes all pages that the holder has; the contacts it named, None where it did not answer."""
         contacts: Sequence[Contact] = ()
         for _ in range(MAX_PAGES_PER_HOLDER):
+            num_seen = reading.num_seen
             answer = await self._neighbours.ask(holder, reading.request(), FoundRecords)
             if answer is None:
                 return None
             contacts = answer.contacts
-            has_gained = False
             for index, record in enumerate(answer.records):
                 if index % RECORDS_BETWEEN_BREATHS == RECORDS_BETWEEN_BREATHS - 1:
                     await trio.lowlevel.checkpoint()
-                has_gained |= reading.take(record, self._clock.unix_time_s())
-            if not answer.has_more or not has_gained:
+                reading.take(record, self._clock.unix_time_s())
+            if not answer.has_more or reading.num_seen == num_seen:
                 break
         return self._neighbours.hear_of(contacts)
+
+
+def _tell_if_refused(record: SignedRecord, outcomes: Sequence[Refusal | None]) -> None:
+    if not outcomes or None in outcomes:
+        return
+    reasons = ", ".join(sorted({outcome.value for outcome in outcomes if outcome is not None}))
+    logger.warning("all %d nodes refused a record of %s: %s%s", len(outcomes), record.owner, reasons, CLOCK_HINT)
 
 
 def _is_among_closest(own_id: bytes, key_id: bytes, others: Sequence[Contact], k: int) -> bool:

@@ -21,28 +21,28 @@ class Reading:
         for record in known:
             self._note(record)
 
+    @property
+    def num_seen(self) -> int:
+        """Valid records so far, superseded ones too."""
+        return len(self._seen)
+
     def request(self) -> FindRecords:
         """What to ask the next holder."""
         known = frozenset(self._seen) if len(self._seen) <= MAX_KNOWN_DIGESTS else frozenset()
         return FindRecords(self._key, known)
 
-    def take(self, record: SignedRecord, now_unix_s: float) -> bool:
-        """Takes a record that a holder sent, if it is valid; whether it was and had not come before."""
+    def take(self, record: SignedRecord, now_unix_s: float) -> None:
+        """Takes a record that a holder sent, if it is valid."""
         if record.key != self._key or self._checker.refusal(record, now_unix_s) is not None:
-            return False
-        if record.owner not in self._newest and len(self._newest) >= MAX_OWNERS:
-            return False
-        return self._note(record)
+            return
+        if record.owner in self._newest or len(self._newest) < MAX_OWNERS:
+            self._note(record)
 
     def records(self, now_unix_s: float) -> Mapping[PeerId, SignedRecord]:
         """By owner, without those that have expired."""
         return {owner: record for owner, record in self._newest.items() if record.expires_unix_s > now_unix_s}
 
-    def _note(self, record: SignedRecord) -> bool:
-        short_digest = record.digest()[:SHORT_DIGEST_BYTES]
-        if short_digest in self._seen:
-            return False
-        self._seen.add(short_digest)
+    def _note(self, record: SignedRecord) -> None:
+        self._seen.add(record.digest()[:SHORT_DIGEST_BYTES])
         if is_newer(record, self._newest.get(record.owner)):
             self._newest[record.owner] = record
-        return True

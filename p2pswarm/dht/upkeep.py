@@ -80,8 +80,7 @@ class Upkeep:
         await self._walks.find_closest(random_id_in(bucket, self._random), self._config.alpha)
 
     async def _try_lost_peer(self) -> None:
-        """Asks a point of entry that is not in the table: it may be in the other half of a swarm that was cut in
-        two."""
+        """Asks a point of entry that is not in the table: it may be in the other half of a swarm cut in two."""
         table = self._neighbours.table
         lost = [contact for contact in self._entry.contacts() if contact.peer_id not in table]
         if lost:

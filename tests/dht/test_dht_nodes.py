@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import trio
@@ -26,8 +27,10 @@ from p2pswarm.dht.messages import (
     Store,
     Stored,
 )
+from p2pswarm.dht.node import DhtNode
 from p2pswarm.dht.record import KEY_BYTES, Refusal, SignedRecord, make_record
 from p2pswarm.testing.dht_world import DhtMember, DhtWorld, open_dht_world
+from p2pswarm.testing.simulated_clock import SimulatedClock
 
 KEY = bytes(range(KEY_BYTES))
 
@@ -135,6 +138,30 @@ async def test_holders_refuse_bad_records_one_by_one_and_keep_the_good(autojump_
             answer = await links.ask(holder.network.peer_id, Store((forged, good, expired, old)), (), timeout_s=2.0)
         assert answer.message == Stored((Refusal.BAD_SIGNATURE, None, Refusal.EXPIRED, Refusal.OLDER))
         assert await holder.dht.get(KEY) == {owner.network.peer_id: good}
+
+
+async def test_an_owner_whose_clock_is_wrong_is_told_why_nobody_takes_its_record(
+    autojump_clock, caplog: pytest.LogCaptureFixture
+):
+    async with world_of(3) as world, world.memory.node(60, listens=False) as network, trio.open_nursery() as nursery:
+        dht = DhtNode(network, SimulatedClock(skew_s=-600), Random(1))
+        await nursery.start(dht.run)
+        await dht.bootstrap(world.members[0].network.addresses)
+        late = make_record(network, KEY, b"value", 1, world.clock.unix_time_s() - 500)
+        assert await dht.put(late) == 0
+        assert "all 3 nodes refused a record" in caplog.text
+        assert "expired" in caplog.text
+        nursery.cancel_scope.cancel()
+
+
+async def test_holders_that_send_the_same_page_at_once_do_not_keep_the_rest_from_the_reader(autojump_clock):
+    async with world_of(4) as world:
+        for number in range(100, 140):
+            async with world.memory.node(number, listens=False) as owner:
+                record = make_record(owner, KEY, bytes(8000), 1, world.clock.unix_time_s() + 300)
+                assert await world.members[0].dht.put(record) == 4
+        client = await world.add(world.members, config=DhtConfig(serve=False))
+        assert len(await client.dht.get(KEY)) == 40
 
 
 async def test_a_client_is_never_in_the_tables_of_others_nor_stores_for_them(autojump_clock):

@@ -60,6 +60,8 @@ class Lines:
 
 
 def _ready(fields: Mapping[str, Any]) -> str:
+    if "blocks" not in fields:  # a node without a model
+        return f"helping others to find each other; they join with: --peers {fields['addresses'][0]}"
     if "model" not in fields:
         return "\n".join([f"helping nodes to find each other, as {fields['peer_id']}, at", *fields["addresses"]])
     what = f"serving blocks {fields['blocks']} of {fields['num_model_blocks']} of {fields['model']}"

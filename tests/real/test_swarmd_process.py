@@ -243,6 +243,32 @@ def test_a_bootstrap_node_needs_no_model(tmp_path: Path, start: Callable[..., li
         assert bootstrap.stop()[0] == 0
 
 
+def test_people_read_a_few_lines(tmp_path: Path, start: Callable[..., list[str]]) -> None:
+    bootstrap = subprocess.Popen(
+        [sys.executable, "-m", "swarmd", "bootstrap", "--host", "127.0.0.1", "--identity", str(tmp_path / "b.key")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert bootstrap.stdout is not None
+    address = bootstrap.stdout.readline().split("--peers ")[1].strip()
+    arguments = [argument for argument in start("a", "--peers", address) if argument != "--json"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "swarmd", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert server.stdout is not None
+    lines = [next(server.stdout) for _ in range(5)]
+    for process in (server, bootstrap):
+        process.send_signal(signal.SIGTERM)
+        stdout, stderr = process.communicate(timeout=READY_TIMEOUT_S)
+        assert stdout.endswith("stopped\n")
+        assert stderr == ""
+    assert lines[0] == "joined the swarm: 1 nodes known\n"
+    assert lines[1] == "loading tiny: blocks 0:8, float32\n"
+    assert lines[2].startswith("serving blocks 0:8 of 8 of ")
+    assert lines[4].startswith("  others join with: swarmd start ")
+
+
 def test_help_is_quick() -> None:
     took_s = []
     for _ in range(5):

@@ -50,6 +50,14 @@ def test_people_read_what_is_served_and_how_to_join() -> None:
     )
 
 
+def test_a_node_without_a_model_says_how_to_join() -> None:
+    stream = io.StringIO()
+    PlainEvents(stream)("ready", peer_id="12D3KooWabc", addresses=["/ip4/192.0.2.7/tcp/4001/p2p/12D3KooWabc"])
+    assert stream.getvalue() == (
+        "helping others to find each other; they join with: --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooWabc\n"
+    )
+
+
 def test_a_reader_who_has_gone_does_no_harm() -> None:
     events = JsonEvents(BrokenPipe(), StoppedClock())
     events("starting")

@@ -16,7 +16,7 @@ from torch import nn
 from p2pswarm.blocks.architecture import Layout, lay_out, layer_windows
 from p2pswarm.blocks.kv_cache import SpanCache
 from p2pswarm.blocks.loading import load_weights
-from p2pswarm.blocks.stand_ins import PassThrough, as_layer_output, copy_settings, empty_outside
+from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings, empty_outside
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
 from p2pswarm.core.span import Span
@@ -176,6 +176,7 @@ def load_span(
     for index, layer in enumerate(layout.blocks):
         if not span.covers(index):
             layout.blocks[index] = PassThrough(layer)
+    layout.model.set_submodule(layout.blocks_path, BlockList(layout.blocks))
     empty_outside(layout.model, layout.blocks_path)
     load_weights(layout.model, source, dtype=dtype, device=device)
     return SpanModel(layout, span, dtype=dtype, device=device)

@@ -24,6 +24,10 @@ MAX_WAITING = 256
 """Requests in the queue, one per session: at 5 ms each the last one waits for 1.3 s. More are told to go elsewhere."""
 
 
+LEAVE_TIMEOUT_S = 3.0
+"""A prompt of some thousand tokens may end in that time; a download of weights will not."""
+
+
 class Device(Protocol):
     """Runs functions where the device may be touched."""
 
@@ -64,7 +68,7 @@ class DeviceThread:
         self._token = trio.lowlevel.current_trio_token()
         self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self._num_waiting = 0
-        # A daemon only so that a process told twice to stop need not wait for a computation; otherwise it is joined.
+        # A daemon, so that a process told to stop need not wait for ever for what it computes or loads.
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
 
     @property
@@ -114,7 +118,7 @@ class DeviceThread:
 async def open_device_thread(*, max_waiting: int = MAX_WAITING) -> AsyncIterator[DeviceThread]:
     """A thread of its own, for as long as the context lasts.
 
-    On the way out the running function is waited for, unless that wait is cancelled.
+    On the way out the running function is waited for, but not for long: `swarmd/launch.py` ends the process around it.
     """
     device = DeviceThread(max_waiting)
     device._thread.start()
@@ -122,4 +126,5 @@ async def open_device_thread(*, max_waiting: int = MAX_WAITING) -> AsyncIterator
         yield device
     finally:
         device._jobs.put(None)
-        await trio.to_thread.run_sync(device._thread.join, abandon_on_cancel=True)
+        with trio.move_on_after(LEAVE_TIMEOUT_S):
+            await trio.to_thread.run_sync(device._thread.join, abandon_on_cancel=True)

@@ -106,7 +106,7 @@ def _say_error(error: BaseException) -> None:
 
 
 def _leave_running_thread(exit_code: int) -> None:
-    """Ends the process although a thread still computes, as after a second signal: at a normal exit it could crash."""
+    """Ends the process although a thread still computes or loads: in an ordinary exit that could crash."""
     if any(thread.daemon and thread.name == "device" for thread in threading.enumerate()):
         logging.shutdown()
         sys.stdout.flush()

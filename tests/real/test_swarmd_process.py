@@ -14,10 +14,12 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 import trio
 
 from p2pswarm.core.clock import SystemClock
-from p2pswarm.core.ids import ModelId
+from p2pswarm.core.errors import ConnectionLost, ServerBusy
+from p2pswarm.core.ids import ModelId, SessionId
 from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.dht.config import DhtConfig
@@ -27,6 +29,8 @@ from p2pswarm.net.host import open_network
 from p2pswarm.net.identity import Identity
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint
+from p2pswarm.wire.codecs import encode_tensor
+from p2pswarm.wire.messages import OpenSession, Step
 
 pytestmark = pytest.mark.real
 
@@ -158,6 +162,38 @@ def test_a_second_signal_ends_a_server_at_once(start: Callable[..., list[str]]) 
         os.kill(server.popen.pid, signal.SIGTERM)
         exit_code, _, _ = server.stop()
         assert exit_code == 0
+
+
+def test_a_server_that_is_asked_to_stop_lets_a_session_go_on_and_takes_no_new_one(
+    start: Callable[..., list[str]],
+) -> None:
+    with swarmd(*start("a", "--blocks", "0:2")) as server:
+        ready = server.wait_for("ready")
+        peer_id, model_id = ready["peer_id"], ModelId(ready["model_id"])
+
+        def opening(name: str) -> OpenSession:
+            return OpenSession(SessionId(name), model_id, Span(0, 2), max_length=16, batch_size=1)
+
+        async def use_to_the_end() -> int:
+            async with open_network(Identity.generate()) as network:
+                await network.connect(ready["addresses"][0])
+                client = RpcClient(network)
+                async with client.open_session(peer_id, opening("first"), 10.0) as session:
+                    server.popen.send_signal(signal.SIGTERM)
+                    assert await trio.to_thread.run_sync(server.wait_for, "draining") is not None
+                    with pytest.raises(ServerBusy):
+                        async with client.open_session(peer_id, opening("second"), 10.0):
+                            pass
+                    for position in range(5):
+                        token = encode_tensor(torch.randn(1, 1, 64))
+                        reply = await session.step(Step(position, position, token), 10.0)
+                    await trio.sleep(3)  # at rest, it is handed back
+                    with pytest.raises(ConnectionLost):
+                        await session.step(Step(5, 5, token), 10.0)
+                    return reply.position
+
+        assert trio.run(use_to_the_end) == 5
+        assert server.end() == (0, ["stopped"], "")
 
 
 def test_a_signal_in_the_middle_of_a_start_ends_it(start: Callable[..., list[str]]) -> None:

@@ -117,3 +117,20 @@ async def test_leaving_waits_for_what_runs() -> None:
                 scope.cancel()
     assert ended.is_set()
     assert not any(thread.name == "device" for thread in threading.enumerate())
+
+
+async def test_leaving_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("swarmd.device_thread.LEAVE_TIMEOUT_S", 0.02)
+    started, gate = threading.Event(), threading.Event()
+
+    def work() -> None:
+        started.set()
+        gate.wait(LONGEST_WAIT_S)
+
+    async with open_device_thread() as device, trio.open_nursery() as nursery:
+        nursery.start_soon(device.run, work)
+        await trio.to_thread.run_sync(started.wait)
+        nursery.cancel_scope.cancel()
+    (left_behind,) = (thread for thread in threading.enumerate() if thread.name == "device")
+    gate.set()
+    left_behind.join(LONGEST_WAIT_S)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -52,12 +53,13 @@ async def generate_text(
     pieces: list[str] = []
     started_at_s = trio.current_time()
     first_token_after_s = 0.0
-    async for token_id in session.generate(prompt_ids, **options):
-        if not token_ids:
-            first_token_after_s = trio.current_time() - started_at_s
-        token_ids.append(token_id)
-        pieces.append(stream.push(token_id))
-        write(pieces[-1])
+    async with aclosing(session.generate(prompt_ids, **options)) as generated_ids:
+        async for token_id in generated_ids:
+            if not token_ids:
+                first_token_after_s = trio.current_time() - started_at_s
+            token_ids.append(token_id)
+            pieces.append(stream.push(token_id))
+            write(pieces[-1])
     total_s = trio.current_time() - started_at_s
     pieces.append(stream.finish())
     write(pieces[-1])

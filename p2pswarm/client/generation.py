@@ -8,7 +8,7 @@ that repetition penalties and the like see the whole text while the servers run 
 """
 
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ class GeneratingSession(Session):
         """
         return await trio.to_thread.run_sync(self._generate, as_batch(prompt), options)
 
-    async def generate(self, prompt: Prompt = None, **options: Any) -> AsyncIterator[int]:
+    async def generate(self, prompt: Prompt = None, **options: Any) -> AsyncGenerator[int, None]:
         """The generated token ids of one sequence, as they come. Takes every option of transformers' `generate`.
 
         Left early, it finishes the step it is in, and the session goes on from the last token that was taken.

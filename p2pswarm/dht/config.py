@@ -44,7 +44,7 @@ class DhtConfig:
     """Six times k: a liar who invents contacts cannot keep a lookup going."""
     request_timeout_s: float = 2.0
     """The most that a hung peer can cost; then it is left out for a while."""
-    stagger_s: float = 0.1
+    stagger_s: float = 0.05
     """A request without an answer after this long no longer counts among the `alpha`: a dial takes eight round
     trips."""
     max_outgoing_requests: int = 64

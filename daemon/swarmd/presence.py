@@ -31,11 +31,6 @@ class Presence:
         self.info = info
         await self._announcer.announce(info)
 
-    async def withdraw(self) -> None:
-        """Announces that this server is gone; its own short deadline holds even when cancelled."""
-        self.info = replace(self.info, state=ServerState.OFFLINE)
-        await self._announcer.withdraw()
-
     async def follow_cache(self, budget: CacheBudget) -> None:
         """Corrects the announced room when it has changed so far that clients would choose differently."""
         while True:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from p2pswarm.core.clock import Clock
-from p2pswarm.core.errors import NoPeersError
+from p2pswarm.core.errors import NoPeersError, SwarmingError
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
@@ -79,13 +79,17 @@ async def serve(
         announcer = Announcer(dht, network, clock, random)
         nursery.start_soon(announcer.run)
         around = Surroundings(network, dht, announcer, device, clock, events)
-        running = await unless(stop, partial(_start, config, around, nursery))
-        if running is not None:
-            gc.freeze()  # what a start leaves behind lives for ever: looking through it costs 0.3 s each time
-            gc.enable()
-            events("ready", **_ready_fields(config, around, running, start_s=clock.unix_time_s() - started_unix_s))
-            await stop.wait()
-            await _stop_in_order(config, around, running)
+        try:
+            running = await unless(stop, partial(_start, config, around, nursery))
+            if running is not None:
+                start_s = clock.unix_time_s() - started_unix_s
+                events("ready", **_ready_fields(config, running, start_s))
+                await _serve_until(stop, around, running)
+                await _drain(config, around, running)
+        except SwarmingError:
+            await announcer.withdraw()  # of what was about to join
+            raise
+        await announcer.withdraw()
         nursery.cancel_scope.cancel()
     events("stopped")
 
@@ -108,6 +112,7 @@ class Running:
 
     opened: "OpenedModel"
     presence: Presence
+    budget: CacheBudget
     rpc: RpcServer
 
 
@@ -137,9 +142,9 @@ async def _start(config: ServerConfig, around: Surroundings, nursery: trio.Nurse
     )
     await nursery.start(rpc.run)
     await presence.announce(_online_info(presence.info, loaded))
-    nursery.start_soon(presence.follow_cache, budget)
-    nursery.start_soon(presence.follow_swarm, lambda: around.dht.num_contacts, events)
-    return Running(opened, presence, rpc)
+    gc.freeze()  # what a start leaves behind lives for ever: looking through it costs 0.3 s each time
+    gc.enable()
+    return Running(opened, presence, budget, rpc)
 
 
 def _import_engine() -> None:
@@ -218,9 +223,7 @@ def _describe(presence: Presence, budget: CacheBudget, dht: DhtNode) -> InfoRepl
     return InfoReply(replace(presence.info, cache_tokens_left=budget.tokens_left), peers=others)
 
 
-def _ready_fields(
-    config: ServerConfig, around: Surroundings, running: Running, *, start_s: float
-) -> Mapping[str, object]:
+def _ready_fields(config: ServerConfig, running: Running, start_s: float) -> Mapping[str, object]:
     info = running.presence.info
     join = f"swarmd start {shlex.quote(config.model)} --peers {info.addresses[0]}"
     return {
@@ -241,15 +244,24 @@ def _ready_fields(
     }
 
 
-async def _stop_in_order(config: ServerConfig, around: Surroundings, running: Running) -> None:
+async def _serve_until(stop: trio.Event, around: Surroundings, running: Running) -> None:
+    """Requests are answered in the background; here the announcement is kept true."""
+    async with open_transparent_nursery() as nursery:
+        nursery.start_soon(running.presence.follow_cache, running.budget)
+        nursery.start_soon(running.presence.follow_swarm, lambda: around.dht.num_contacts, around.events)
+        await stop.wait()
+        nursery.cancel_scope.cancel()
+
+
+async def _drain(config: ServerConfig, around: Surroundings, running: Running) -> None:
+    """Begins nothing new, and lets what runs finish, for a while."""
     running.rpc.stop_accepting()
     num_sessions = running.rpc.statistics().num_sessions
     around.events("draining", num_sessions=num_sessions, grace_period_s=config.grace_period_s)
-    async with trio.open_nursery() as nursery:
+    async with open_transparent_nursery() as nursery:
         if num_sessions:
             nursery.start_soon(_announce_draining, running.presence)
         await running.rpc.drain(config.grace_period_s)
-    await running.presence.withdraw()
 
 
 async def _announce_draining(presence: Presence) -> None:

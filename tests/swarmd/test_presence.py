@@ -17,14 +17,10 @@ class NotingAnnouncer:
 
     def __init__(self) -> None:
         self.announced: list[ServerInfo] = []
-        self.is_withdrawn = False
 
     async def announce(self, info: ServerInfo) -> int:
         self.announced.append(info)
         return 1
-
-    async def withdraw(self) -> None:
-        self.is_withdrawn = True
 
 
 class NotingEvents:
@@ -54,13 +50,11 @@ def make_presence() -> tuple[NotingAnnouncer, Presence]:
     return announcer, Presence(announcer, info)
 
 
-async def test_states_are_announced_and_the_end_is_a_withdrawal() -> None:
+async def test_a_change_of_state_is_announced_and_remembered() -> None:
     announcer, presence = make_presence()
     await presence.become(ServerState.DRAINING)
-    await presence.withdraw()
     assert [info.state for info in announcer.announced] == [ServerState.DRAINING]
-    assert announcer.is_withdrawn
-    assert presence.info.state is ServerState.OFFLINE
+    assert presence.info.state is ServerState.DRAINING
 
 
 async def test_the_room_in_the_cache_is_corrected_when_it_matters(

@@ -51,6 +51,7 @@ class Announcer:
         self._info: ServerInfo | None = None
         self._sequence = 0
         self._turn = trio.Lock()
+        self._renewal = trio.CancelScope()
         self._renew_at_s = 0.0
         self._announced = trio.Event()
 
@@ -69,7 +70,8 @@ class Announcer:
             await trio.sleep_until(self._renew_at_s)
             async with self._turn:
                 if self._info is not None and trio.current_time() >= self._renew_at_s:
-                    await self._publish(self._info)
+                    with trio.CancelScope() as self._renewal:
+                        await self._publish(self._info)
 
     async def announce(self, info: ServerInfo) -> int:
         """Makes `info` known, from now until it changes or `withdraw`; how many nodes hold it.
@@ -94,6 +96,7 @@ class Announcer:
         info, self._info = self._info, None
         if info is None:
             return
+        self._renewal.cancel()  # it may wait for somebody who hangs
         with trio.move_on_after(self._config.withdraw_timeout_s, shield=True):
             async with self._turn:
                 await self._publish(replace(info, state=ServerState.OFFLINE))

@@ -13,8 +13,8 @@ from p2pswarm.core.ids import ModelId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.dht.config import DhtConfig
-from p2pswarm.dht.record import make_record
-from p2pswarm.directory.announcement import MODELS_KEY, Listing, encode_listing, model_key
+from p2pswarm.dht.record import SignedRecord, make_record
+from p2pswarm.directory.announcement import MODELS_KEY, Listing, encode_listing, model_key, read_announcement
 from p2pswarm.directory.announcer import Announcer, AnnouncerConfig
 from p2pswarm.directory.directory import Directory, ModelSummary
 from p2pswarm.testing.dht_world import DhtMember, DhtWorld, open_dht_world
@@ -141,6 +141,38 @@ async def test_a_withdrawal_is_short_even_when_nobody_answers_and_we_are_cancell
             scope.cancel()
             await servers.announcers[0].withdraw()
         assert trio.current_time() - began_s <= CONFIG.withdraw_timeout_s
+
+
+class StuckNode:
+    """Stands in for a `DhtNode` whose puts, at times, wait for somebody who never answers."""
+
+    def __init__(self) -> None:
+        self.is_stuck = False
+        self.stored: list[SignedRecord] = []
+
+    async def put(self, record: SignedRecord) -> int:
+        if self.is_stuck:
+            await trio.sleep_forever()
+        self.stored.append(record)
+        return 1
+
+
+async def test_a_withdrawal_does_not_wait_for_a_renewal_that_is_stuck(autojump_clock):
+    async with open_dht_world(seed=9) as world, trio.open_nursery() as nursery:
+        server = await world.add()
+        node = StuckNode()
+        announcer = Announcer(node, server.network, world.clock, Random(1), CONFIG)
+        nursery.start_soon(announcer.run)
+        await announcer.announce(info_of(server))
+        node.is_stuck = True
+        await trio.sleep(CONFIG.lifetime_s / 2)
+        node.is_stuck = False
+        began_s = trio.current_time()
+        await announcer.withdraw()
+        assert trio.current_time() == began_s
+        announced = [record for record in node.stored if record.key == model_key(MODEL)]
+        assert read_announcement(announced[-1], MODEL).state is ServerState.OFFLINE
+        nursery.cancel_scope.cancel()
 
 
 async def test_the_view_notices_who_joins_leaves_and_moves(autojump_clock):

@@ -1,5 +1,4 @@
-"""Which device a server computes on, in which dtype, and with how many threads. Facts in, decision out; torch only
-answers.
+"""Which device a server computes on, in which dtype, with how many threads. Facts in, decision out.
 
 The default dtype is the checkpoint's, with two exceptions: float16 becomes float32 on a CPU (few CPUs compute in it,
 torch's kernels for it are slow or missing), bfloat16 becomes float16 on MPS (Apple's GPUs lack it). bfloat16 stays

@@ -46,7 +46,7 @@ REASON_CHARACTERS = 220
 EXACT, REFUSED, PART, NOT_MADE, FAILS, DIFFERS = "exact", "refused", "part", "not made", "fails", "DIFFERS"
 MEANINGS: Mapping[str, str] = {
     EXACT: "three spans give the whole model's tokens, and its logits within 1e-4",
-    PART: "sees or hears as well; its language model is served, as the type named",
+    PART: "made of several parts, or another name; its language model is served, as the type named",
     REFUSED: "refused when it is loaded, for the reason named",
     NOT_MADE: "no tiny model of the type could be made, or it does not run by itself; so it was not tried",
     FAILS: "loads, then fails with an error",

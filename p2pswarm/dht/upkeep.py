@@ -115,11 +115,13 @@ class Upkeep:
                 await self._hand_over(contact)
 
     async def _hand_over(self, newcomer: Contact) -> None:
+        held_keys = self._store.held_keys()
+        if not held_keys:
+            return
         own_id = node_id_of(self._neighbours.own_peer_id)
         others = list(self._neighbours.table.contacts())
         settled = self._neighbours.settled_contacts()
         keys: list[bytes] = []
-        held_keys = self._store.held_keys()
         for start in range(0, len(held_keys), KEYS_BETWEEN_BREATHS):
             some_keys = held_keys[start : start + KEYS_BETWEEN_BREATHS]
             keys += keys_to_hand_over(some_keys, own_id, newcomer, others, settled, self._config.k)

@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,7 +52,7 @@ async def generate_text(
     pieces: list[str] = []
     started_at_s = trio.current_time()
     first_token_after_s = 0.0
-    async with aclosing(session.generate(prompt_ids, **options)) as generated_ids:
+    async with session.generate(prompt_ids, **options) as generated_ids:
         async for token_id in generated_ids:
             if not token_ids:
                 first_token_after_s = trio.current_time() - started_at_s

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 
 from p2pswarm.blocks.architecture import lay_out
-from p2pswarm.blocks.loading import load_weights
+from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.stand_ins import PassThrough, as_layer_output, copy_settings
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import UnsupportedModelError
@@ -204,15 +204,17 @@ def load_client_model(
     Raises `UnsupportedModelError` or `CheckpointError`; what `run_blocks` raises comes out of `forward`.
     """
     device = torch.device(device)
-    layout = lay_out(source.config, dtype)
-    blocks = layout.blocks
-    first = SwarmBlocks(blocks[0], run_blocks)
-    layout.decoder.register_forward_pre_hook(first.remember_inputs, with_kwargs=True)
-    for index, layer in enumerate(blocks):
-        blocks[index] = PassThrough(layer) if index else first
-    load_weights(layout.model, source, dtype=dtype, device=device)
-    _check_blocks_see_no_tokens(layout.decoder, first, device)
-    if source.generation_config is not None:
-        layout.model.generation_config = source.generation_config
-    layout.model.generation_config.use_cache = True  # some configs say False, and would send the whole text each time
-    return layout.model
+    with LOADING:
+        layout = lay_out(source.config, dtype)
+        blocks = layout.blocks
+        first = SwarmBlocks(blocks[0], run_blocks)
+        layout.decoder.register_forward_pre_hook(first.remember_inputs, with_kwargs=True)
+        for index, layer in enumerate(blocks):
+            blocks[index] = PassThrough(layer) if index else first
+        load_weights(layout.model, source, dtype=dtype, device=device)
+        _check_blocks_see_no_tokens(layout.decoder, first, device)
+        if source.generation_config is not None:
+            layout.model.generation_config = source.generation_config
+        # Some configs say False, and would send the whole text each time.
+        layout.model.generation_config.use_cache = True
+        return layout.model

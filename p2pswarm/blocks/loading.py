@@ -4,6 +4,7 @@ Only what the model still holds is read: by the time of loading, stand-ins witho
 parts were.
 """
 
+import threading
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,10 @@ LANGUAGE_MODEL_NAMES = {
 
 NAMES_IN_MESSAGE = 8
 """How many tensors an error lists; a wrong checkpoint may lack thousands."""
+
+LOADING = threading.Lock()
+"""Held while a model is made and filled: transformers patches its own globals meanwhile, so that two models loaded at
+once in two threads would come out with weights missing."""
 
 
 def load_weights(model: "PreTrainedModel", source: WeightSource, *, dtype: torch.dtype, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from p2pswarm.blocks.architecture import Layout, lay_out, layer_windows
 from p2pswarm.blocks.kv_cache import SpanCache
-from p2pswarm.blocks.loading import load_weights
+from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings, empty_outside
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
@@ -170,13 +170,14 @@ def load_span(
     Raises `UnsupportedModelError`, `CheckpointError`, or `ConfigError` when the model has no such blocks.
     """
     device = torch.device(device)
-    layout = lay_out(source.config, dtype)
-    if span.end > layout.num_blocks:
-        raise ConfigError(f"{source.name} has the blocks 0:{layout.num_blocks}, so not {span}")
-    for index, layer in enumerate(layout.blocks):
-        if not span.covers(index):
-            layout.blocks[index] = PassThrough(layer)
-    layout.model.set_submodule(layout.blocks_path, BlockList(layout.blocks))
-    empty_outside(layout.model, layout.blocks_path)
-    load_weights(layout.model, source, dtype=dtype, device=device)
-    return SpanModel(layout, span, dtype=dtype, device=device)
+    with LOADING:
+        layout = lay_out(source.config, dtype)
+        if span.end > layout.num_blocks:
+            raise ConfigError(f"{source.name} has the blocks 0:{layout.num_blocks}, so not {span}")
+        for index, layer in enumerate(layout.blocks):
+            if not span.covers(index):
+                layout.blocks[index] = PassThrough(layer)
+        layout.model.set_submodule(layout.blocks_path, BlockList(layout.blocks))
+        empty_outside(layout.model, layout.blocks_path)
+        load_weights(layout.model, source, dtype=dtype, device=device)
+        return SpanModel(layout, span, dtype=dtype, device=device)

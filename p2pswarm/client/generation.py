@@ -7,14 +7,12 @@ A session goes on where it stopped: `generate` takes only the new tokens and put
 that repetition penalties and the like see the whole text while the servers run only what they have not seen.
 """
 
-import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import trio
 from transformers import PreTrainedModel
-from transformers.generation.streamers import BaseStreamer
 
 from p2pswarm.blocks.client_model import SwarmCache
 from p2pswarm.client.config import ClientConfig
@@ -22,11 +20,9 @@ from p2pswarm.client.dispatch import ActiveSession, activated
 from p2pswarm.client.history import TokenHistory
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.session import Session
+from p2pswarm.client.token_stream import Generation, GenerationStopped, TokenFeed, TokenStream
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.rpc.client import RpcClient
-
-TOKENS_AHEAD = 16
-"""Tokens that a streamed generation may be ahead of its reader; then it waits."""
 
 Prompt = torch.Tensor | Sequence[int] | None
 
@@ -52,6 +48,8 @@ def generate_in_session(
         cache.position = min(session.position, before.length if before is not None else 0, text.length - 1)
     try:
         result = generate(text.token_ids, attention_mask=text.attention_mask, **options)
+    except GenerationStopped:
+        raise  # whoever stopped it knows how many tokens were taken
     except BaseException:
         session.go_back_to(before)
         raise
@@ -97,48 +95,6 @@ def guessed_mask(token_ids: torch.Tensor, defaults: Any, options: dict[str, Any]
     return token_ids.ne(pad_token_id)
 
 
-class GenerationStopped(Exception):
-    """Raised in the generating thread when nobody wants more tokens."""
-
-
-class TokenFeed(BaseStreamer):
-    """Hands tokens from the generating thread to the trio loop, at most `TOKENS_AHEAD` before they are taken."""
-
-    def __init__(self, token: trio.lowlevel.TrioToken) -> None:
-        self._token = token
-        self._send, self.tokens = trio.open_memory_channel[int](TOKENS_AHEAD)
-        self._room = threading.Semaphore(TOKENS_AHEAD)
-        self._is_stopped = False
-        self._has_prompt = False
-
-    def put(self, value: torch.Tensor) -> None:
-        """Called by `generate`: first with the prompt, then with each new token."""
-        if not self._has_prompt:
-            self._has_prompt = True
-            return
-        for token_id in value.flatten().tolist():
-            self._room.acquire()
-            if self._is_stopped:
-                raise GenerationStopped
-            self._token.run_sync_soon(self._send.send_nowait, token_id)
-
-    def end(self) -> None:
-        """Called by `generate`; the loop learns of the end when the thread returns."""
-
-    def taken(self) -> None:
-        """The reader has one token more."""
-        self._room.release()
-
-    def stop(self) -> None:
-        """The generation ends at its next token."""
-        self._is_stopped = True
-        self._room.release()
-
-    def close(self) -> None:
-        """No more tokens come; called in the loop."""
-        self._send.close()
-
-
 class GeneratingSession(Session):
     """A session that makes text. `shell` is the model's own class with its blocks in the swarm."""
 
@@ -154,55 +110,57 @@ class GeneratingSession(Session):
     ) -> None:
         super().__init__(servers, rpc, config, max_length=max_length, nursery=nursery)
         self._shell = shell
+        self._latest: Generation | None = None
+
+    def close(self) -> None:
+        super().close()
+        if self._latest is not None:
+            self._latest.feed.stop()
 
     async def complete(self, prompt: Prompt = None, **options: Any) -> Any:
         """What transformers' `generate(prompt, **options)` returns: batches, beams and every other option included.
 
         `prompt` holds the tokens that are new to the session: [batch, tokens], or one sequence.
         """
+        self._refuse_a_second()
+        if self._latest is not None:
+            await self._latest.finished.wait()
         return await trio.to_thread.run_sync(self._generate, as_batch(prompt), options)
 
-    async def generate(self, prompt: Prompt = None, **options: Any) -> AsyncGenerator[int, None]:
+    def generate(self, prompt: Prompt = None, **options: Any) -> TokenStream:
         """The generated token ids of one sequence, as they come. Takes every option of transformers' `generate`.
 
-        Left early, it finishes the step it is in, and the session goes on from the last token that was taken.
+        Left early, the session goes on from the last token that was taken.
         """
         inputs = as_batch(prompt)
-        text = text_so_far(self, inputs, options.get("attention_mask"))
-        if text.num_rows != 1:
-            raise ConfigError(f"tokens of one sequence can be streamed, got {text.num_rows}; use complete()")
-        feed = TokenFeed(trio.lowlevel.current_trio_token())
-        finished = trio.Event()
-        failures: list[Exception] = []
-        scope = trio.CancelScope()
+        if inputs is not None and inputs.shape[0] != 1:
+            raise ConfigError(f"tokens of one sequence can be streamed, got {inputs.shape[0]}; use complete()")
+        self._refuse_a_second()
+        before, self._latest = self._latest, Generation(TokenFeed(trio.lowlevel.current_trio_token()))
+        self._nursery.start_soon(self._run, self._latest, before, inputs, options)
+        return TokenStream(self._latest, self._config.stop_grace_s)
 
-        async def run() -> None:
-            with scope:
-                try:
-                    await trio.to_thread.run_sync(self._generate, inputs, {**options, "streamer": feed})
-                except GenerationStopped:
-                    self.go_back_to(text.followed_by(torch.tensor([taken], dtype=text.token_ids.dtype)))
-                except Exception as error:  # noqa: BLE001  # nothing is lost: raised where the tokens are read
-                    failures.append(error)
-            feed.close()
-            finished.set()
+    def _refuse_a_second(self) -> None:
+        if self._latest is not None and self._latest.is_wanted:
+            raise ConfigError("the session is still generating: read its tokens to the end, or aclose() them")
 
-        taken: list[int] = []
-        self._nursery.start_soon(run)
+    async def _run(
+        self, generation: Generation, before: Generation | None, inputs: torch.Tensor | None, options: dict[str, Any]
+    ) -> None:
+        options["streamer"] = generation.feed
         try:
-            async for token_id in feed.tokens:
-                taken.append(token_id)
-                feed.taken()
-                yield token_id
+            if before is not None:
+                await before.finished.wait()
+            text = text_so_far(self, inputs, options.get("attention_mask"))
+            with generation.scope:
+                await trio.to_thread.run_sync(self._generate, inputs, options)
+        except GenerationStopped:
+            self.go_back_to(text.followed_by(torch.tensor([generation.taken], dtype=text.token_ids.dtype)))
+        except Exception as error:  # noqa: BLE001  # nothing is lost: raised where the tokens are read
+            generation.failure = error
         finally:
-            feed.stop()
-            with trio.CancelScope(shield=True):
-                with trio.move_on_after(self._config.stop_grace_s):
-                    await finished.wait()
-                scope.cancel()
-                await finished.wait()
-        if failures:
-            raise failures[0]
+            generation.feed.close()
+            generation.finished.set()
 
     def _generate(self, inputs: torch.Tensor | None, options: dict[str, Any]) -> Any:
         with activated(ActiveSession(self, trio.from_thread.run)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 import trio
 
-from p2pswarm.client.generation import TOKENS_AHEAD
+from p2pswarm.client.token_stream import TOKENS_AHEAD
 from p2pswarm.core.errors import ConfigError, ConnectionLost
 from p2pswarm.core.span import Span
 
@@ -126,16 +126,64 @@ async def test_reader_who_leaves_early_stops_the_generation_and_the_session_goes
 ) -> None:
     async with open_world() as world, world.model.session(max_length=180) as session:
         taken = []
-        stream = session.generate(PROMPT, max_new_tokens=170, **GREEDY)
-        async for token in stream:
-            taken.append(token)
-            if len(taken) == 5:
-                break
-        await stream.aclose()
+        async with session.generate(PROMPT, max_new_tokens=170, **GREEDY) as stream:
+            async for token in stream:
+                taken.append(token)
+                if len(taken) == 5:
+                    break
         assert session.position <= len(PROMPT) + 5 + TOKENS_AHEAD + 1
         assert session.history.token_ids.tolist() == [PROMPT + taken]
         more = [token async for token in session.generate(max_new_tokens=5, **GREEDY)]
         assert taken + more == local_tokens(local, PROMPT, max_new_tokens=10, **GREEDY)
+
+
+async def test_forgotten_stream_stops_and_the_next_generation_waits_for_it(open_world, local) -> None:
+    async with open_world() as world, world.model.session(max_length=180) as session:
+        taken = []
+        async for token in session.generate(PROMPT, max_new_tokens=170, **GREEDY):
+            taken.append(token)
+            if len(taken) == 5:
+                break
+        taken += [token async for token in session.generate(max_new_tokens=5, **GREEDY)]
+        assert taken == local_tokens(local, PROMPT, max_new_tokens=10, **GREEDY)
+
+
+async def test_two_generations_at_once_are_refused(open_world) -> None:
+    async with open_world() as world, world.model.session(max_length=180) as session:
+        stream = session.generate(PROMPT, max_new_tokens=170, **GREEDY)
+        await anext(stream)
+        with pytest.raises(ConfigError, match="still generating"):
+            await anext(session.generate(PROMPT, max_new_tokens=5, **GREEDY))
+        with pytest.raises(ConfigError, match="still generating"):
+            await session.complete(PROMPT, max_new_tokens=5, **GREEDY)
+        await stream.aclose()
+
+
+async def test_session_can_be_left_while_a_stream_is_held_half_read(open_world) -> None:
+    async with open_world() as world:
+        with trio.fail_after(20):
+            async with world.model.session(max_length=180) as session:
+                stream = session.generate(PROMPT, max_new_tokens=170, **GREEDY)
+                await anext(stream)
+                await trio.sleep(0.5)  # by now the generation waits for its reader
+        await stream.aclose()
+
+
+async def test_failure_beside_a_stream_ends_it(open_world) -> None:
+    async def use(world) -> None:
+        async with world.model.session(max_length=180) as session:
+            async for _ in session.generate(PROMPT, max_new_tokens=170, **GREEDY):
+                pass
+
+    async def fail() -> None:
+        await trio.sleep(0.3)
+        raise KeyError("beside")
+
+    async with open_world() as world:
+        with trio.fail_after(20), pytest.RaisesGroup(KeyError):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(use, world)
+                nursery.start_soon(fail)
 
 
 async def test_slow_reader_holds_the_generation_back(open_world, local) -> None:
@@ -150,13 +198,15 @@ async def test_slow_reader_holds_the_generation_back(open_world, local) -> None:
 
 async def test_cancelled_reader_leaves_no_thread_generating(open_world) -> None:
     async with open_world() as world, world.model.session(max_length=180) as session:
+        taken = []
         with trio.move_on_after(0.5) as scope:
-            async for _ in session.generate(PROMPT, max_new_tokens=170, **GREEDY):
-                await trio.sleep(0.3)
+            async for token in session.generate(PROMPT, max_new_tokens=170, **GREEDY):
+                taken.append(token)
+                await trio.sleep(0.2)
         assert scope.cancelled_caught
-        position = session.position
-        await trio.sleep(0.3)
-        assert session.position == position < 100
+        with trio.fail_after(5):
+            await session.complete([1], max_new_tokens=1)  # waits until the generation has stopped
+        assert session.history.token_ids[0, :-2].tolist() == PROMPT + taken
 
 
 async def test_lost_server_ends_the_stream_with_its_error_never_as_if_the_text_had_ended(open_world) -> None:

@@ -27,7 +27,7 @@ from p2pswarm.net.network import Network
 from p2pswarm.routing.shortest_path import ShortestPathPlanner
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
-from p2pswarm.testing.memory_network import MemoryNetwork
+from p2pswarm.testing.memory_network import Link, MemoryNetwork
 from p2pswarm.wire.messages import InfoReply
 from swarmd.device_thread import open_device_thread
 from swarmd.handler import Served, SpanService
@@ -35,6 +35,8 @@ from swarmd.memory import CacheBudget
 
 CACHE_TOKENS = 1000
 MAX_LENGTH = 200
+LATENCY_S = 0.0005
+"""As on one machine: tests of threads need a real clock."""
 SPANS = (Span(0, 3), Span(3, 4), Span(4, 8))
 
 
@@ -77,7 +79,7 @@ async def open_tiny_swarm(
     """One server for each span, and a client."""
     config = config or ClientConfig(known_peers_path=None)
     async with AsyncExitStack() as stack:
-        memory = MemoryNetwork(random.Random(5))
+        memory = MemoryNetwork(random.Random(5), Link(latency_s=LATENCY_S))
         view = FixedView()
         budgets: dict[PeerId, CacheBudget] = {}
         services: dict[PeerId, SpanService] = {}

@@ -15,6 +15,7 @@ from torch import nn
 
 from p2pswarm.blocks.architecture import Layout, lay_out, layer_windows
 from p2pswarm.blocks.kv_cache import SpanCache
+from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings, empty_outside
 from p2pswarm.blocks.weight_source import WeightSource
@@ -83,6 +84,7 @@ class SpanModel:
         self._passage = _Passage(span)
         for index in range(span.start, span.end):
             layout.blocks[index] = SpanBlock(layout.blocks[index], index, self._passage)
+        make_lean(self._decoder)
         self.cache_bytes_per_token = self._measure_cache()
         """Keys and values of one token of one sequence, over the whole span."""
 

@@ -6,14 +6,17 @@ from p2pswarm.core import errors
 
 def test_the_tree_drawn_in_the_docstring_is_the_tree_of_the_classes() -> None:
     drawn = dict(
-        (name, len(indent) // 4) for indent, name in re.findall(r"^    ([│ ├└─]*)(\w+)", errors.__doc__ or "", re.MULTILINE)
+        (name, len(indent) // 4)
+        for indent, name in re.findall(r"^    ([│ ├└─]*)(\w+)", errors.__doc__ or "", re.MULTILINE)
     )
     classes = {
         name: error
         for name, error in inspect.getmembers(errors, inspect.isclass)
         if issubclass(error, errors.SwarmingError)
     }
-    depth = {name: len([base for base in error.__mro__ if base in classes.values()]) - 1 for name, error in classes.items()}
+    depth = {
+        name: len([base for base in error.__mro__ if base in classes.values()]) - 1 for name, error in classes.items()
+    }
     assert drawn == depth
 
 

@@ -5,10 +5,10 @@ from p2pswarm.core import errors
 
 
 def test_the_tree_drawn_in_the_docstring_is_the_tree_of_the_classes() -> None:
-    drawn = dict(
-        (name, len(indent) // 4)
+    drawn = {
+        name: len(indent) // 4
         for indent, name in re.findall(r"^    ([│ ├└─]*)(\w+)", errors.__doc__ or "", re.MULTILINE)
-    )
+    }
     classes = {
         name: error
         for name, error in inspect.getmembers(errors, inspect.isclass)

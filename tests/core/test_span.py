@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,4 +36,4 @@ def test_the_uncovered_parts_are_exactly_the_blocks_that_no_span_holds(held: lis
     assert missing == [
         block for block in range(within.start, within.end) if not any(span.covers(block) for span in held)
     ]
-    assert all(left.end < right.start for left, right in zip(gaps, gaps[1:], strict=False))
+    assert all(left.end < right.start for left, right in itertools.pairwise(gaps))

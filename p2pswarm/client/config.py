@@ -24,7 +24,7 @@ class ClientConfig:
     """None: remember nobody."""
     join_timeout_s: float = 10.0
     """For the first answer of any known peer."""
-    find_timeout_s: float = 10.0
+    find_timeout_s: float = 5.0
     """For finding the servers of a model."""
     update_period_s: float = 30.0
     """Between looks at who serves a model; failures are noticed at once."""

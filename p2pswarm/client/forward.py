@@ -29,10 +29,11 @@ class ForwardPass:
         failure: RemoteError | NetworkError | None = None
         for _ in range(self._config.max_open_attempts):
             route = await self._servers.route(request)
+            dtypes = self._servers.dtypes(route)
             try:
                 hidden_states = batch.hidden_states
                 for hop in route.hops:
-                    hidden_states = await self._through(hop, hidden_states, batch)
+                    hidden_states = await self._through(hop, hidden_states.to(dtypes[hop.peer_id]), batch)
                 return hidden_states.to(batch.hidden_states.dtype)
             except (RemoteError, NetworkError) as error:
                 failure = error
@@ -45,7 +46,7 @@ class ForwardPass:
         request = Forward(
             self._servers.facts.model_id,
             hop.span,
-            encode_tensor(hidden_states.to(self._servers.dtype(hop.peer_id)), codec),
+            encode_tensor(hidden_states, codec),
             None if batch.attention_mask is None else encode_tensor(batch.attention_mask),
             None if batch.position_ids is None else encode_tensor(batch.position_ids),
             codec,

@@ -18,6 +18,8 @@ from p2pswarm.routing.planner import Planner, RouteRequest
 from p2pswarm.routing.route import Route, short_peers
 from p2pswarm.rpc.client import RpcClient
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 class ServerView(Protocol):
     """Who is announced for the model; `directory.view.ModelView` is the live one."""
@@ -108,10 +110,12 @@ class ModelServers:
         return request if error.peer_id is None else replace(request, avoided=request.avoided | {error.peer_id})
 
     def dtype(self, peer_id: PeerId) -> torch.dtype:
-        """What the server computes in."""
-        dtype = getattr(torch, self._view.servers[peer_id].dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
+        """What the server computes in; float32 where that could not be sent, since servers convert what they get."""
+        return DTYPES.get(self._view.servers[peer_id].dtype, torch.float32)
+
+    def dtypes(self, route: Route) -> Mapping[PeerId, torch.dtype]:
+        """What each server of the route computes in. To be asked for with the route: servers may vanish later."""
+        return {hop.peer_id: self.dtype(hop.peer_id) for hop in route.hops}
 
     def chain_terms(self, route: Route, request: RouteRequest, session_id: SessionId) -> ChainTerms:
         """What a chain over the route is opened with."""
@@ -121,7 +125,7 @@ class ModelServers:
             request.max_length,
             request.batch_size,
             self._config.codec,
-            {hop.peer_id: self.dtype(hop.peer_id) for hop in route.hops},
+            self.dtypes(route),
         )
 
     async def measure_round_trips(self) -> None:

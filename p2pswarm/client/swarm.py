@@ -134,4 +134,8 @@ async def open_swarm(
     one each time.
     """
     async with join_swarm(peers, identity=identity, config=config) as membership:
-        yield Swarm(membership)
+        swarm = Swarm(membership)
+        try:
+            yield swarm
+        finally:
+            swarm.rpc.close()

@@ -19,10 +19,12 @@ from p2pswarm.core.errors import (
 )
 from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
+from p2pswarm.routing.planner import RouteRequest
 from p2pswarm.wire.messages import Codec
 
 FIRST, MIDDLE, LAST = Span(0, 3), Span(3, 4), Span(4, 8)
 HIDDEN_SIZE = 64
+WHOLE = RouteRequest(Span(0, 8))
 
 
 def states(num_tokens: int, batch_size: int = 1, seed: int = 0) -> torch.Tensor:
@@ -251,6 +253,28 @@ async def test_hidden_states_travel_by_the_chosen_codec(open_world, local, codec
         error = (got - local_blocks(local, x)).abs().max().item()
         assert error < largest_error
         assert (error > 1e-5) is (codec is not Codec.NONE)
+
+
+async def test_servers_of_other_dtypes_are_sent_their_own_and_unknown_ones_float32(open_world, local) -> None:
+    x = states(4)
+    async with open_world() as world:
+        for span, dtype in ((FIRST, "bfloat16"), (MIDDLE, "load")):  # the second is a function of torch
+            peer_id = world.peer_of(span)
+            world.view.servers[peer_id] = replace(world.view.servers[peer_id], dtype=dtype)
+        assert list(world.model.servers.dtypes(await world.model.servers.route(WHOLE)).values()) == [
+            torch.bfloat16,
+            torch.float32,
+            torch.float32,
+        ]
+        expected = local_blocks(local, x.bfloat16().float())
+        for got in (await world.model.forward(x), await one_step(world, x)):
+            assert got.dtype == torch.float32
+            assert 0 < (got - expected).abs().max() < 0.2
+
+
+async def one_step(world, hidden_states: torch.Tensor) -> torch.Tensor:
+    async with world.model.session(max_length=20) as session:
+        return await session.step(StepInput(hidden_states, 0))
 
 
 async def test_forward_without_a_session_takes_masks_and_goes_round_a_lost_server(open_world, local) -> None:

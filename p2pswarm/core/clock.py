@@ -1,7 +1,7 @@
 """The one place that reads the wall clock; everything else is handed a `Clock`.
 
-Waits and deadlines are trio's (`trio.current_time`). A `Clock` tells calendar time, which two machines can compare: when a
-signed record expires, say.
+Waits and deadlines are trio's (`trio.current_time`). A `Clock` tells calendar time, which two machines can compare:
+when a signed record expires, say.
 """
 
 import time

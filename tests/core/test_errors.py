@@ -5,10 +5,8 @@ from p2pswarm.core import errors
 
 
 def test_the_tree_drawn_in_the_docstring_is_the_tree_of_the_classes() -> None:
-    drawn = {
-        name: len(indent) // 4
-        for indent, name in re.findall(r"^    ([│ ├└─]*)(\w+)", errors.__doc__ or "", re.MULTILINE)
-    }
+    _, drawing = (errors.__doc__ or "").split("\n\n")
+    drawn = {name: len(lines) // 4 for lines, name in re.findall(r"^([│ ├└─]*)(\w+)", drawing, re.MULTILINE)}
     classes = {
         name: error
         for name, error in inspect.getmembers(errors, inspect.isclass)

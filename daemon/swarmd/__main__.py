@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from p2pswarm.core.clock import SystemClock
+
 START_HELP = """\
 examples:
   swarmd start HuggingFaceTB/SmolLM2-135M-Instruct                    a new swarm, all blocks here
@@ -20,6 +22,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; its exit code: 0 stopped as told, 1 failed, 2 wrong usage."""
+    started_unix_s = SystemClock().unix_time_s()
     flags = vars(make_parser().parse_args(arguments))
     command = flags.pop("command")
     config_path: Path | None = flags.pop("config", None)
@@ -28,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     match command:
         case "start":
-            return launch.start(flags, config_path)
+            return launch.start(flags, config_path, started_unix_s)
         case _:
             return launch.bootstrap(flags, config_path)
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from random import Random
 from typing import TypeVar
 
-import psutil
 import trio
 
 from p2pswarm.core.clock import SystemClock
@@ -35,21 +34,20 @@ Node = Callable[[Config, Path, Events, trio.Event], Awaitable[None]]
 """Runs until the event is set, then stops in order."""
 
 
-def start(flags: Mapping[str, object], config_path: Path | None) -> int:
-    """Serves blocks of a model until told to stop; the exit code."""
-    return _run_node(partial(read_config, ServerConfig, flags, config_path), "server", _serve)
+def start(flags: Mapping[str, object], config_path: Path | None, started_unix_s: float) -> int:
+    """Serves blocks of a model until told to stop; the exit code. The program was started at `started_unix_s`."""
+
+    async def node(config: ServerConfig, identity_path: Path, events: Events, stop: trio.Event) -> None:
+        await serve(
+            config, identity_path, events, stop, clock=SystemClock(), random=Random(), started_unix_s=started_unix_s
+        )
+
+    return _run_node(partial(read_config, ServerConfig, flags, config_path), "server", node)
 
 
 def bootstrap(flags: Mapping[str, object], config_path: Path | None) -> int:
     """Runs a node of the DHT without a model until told to stop; the exit code."""
     return _run_node(partial(read_config, NodeConfig, flags, config_path), "bootstrap", _bootstrap)
-
-
-async def _serve(config: ServerConfig, identity_path: Path, events: Events, stop: trio.Event) -> None:
-    started_unix_s = psutil.Process().create_time()
-    await serve(
-        config, identity_path, events, stop, clock=SystemClock(), random=Random(), started_unix_s=started_unix_s
-    )
 
 
 async def _bootstrap(config: NodeConfig, identity_path: Path, events: Events, stop: trio.Event) -> None:

@@ -45,5 +45,7 @@ class ServerInfo:
     using_relay: bool = False
     next_rtts_s: Mapping[PeerId, float] = field(default_factory=dict)
     """Measured round trips to servers likely to be next in a chain."""
+    queue_delay_s: float = 0.0
+    """How long a decode step waits for the device now."""
     public_name: str = ""
     version: str = ""

@@ -58,6 +58,7 @@ def server_infos() -> st.SearchStrategy[ServerInfo]:
         adapters=st.lists(_IDENTIFIERS, max_size=3).map(tuple),
         using_relay=st.booleans(),
         next_rtts_s=st.dictionaries(_IDENTIFIERS.map(PeerId), _NUMBERS, max_size=3),
+        queue_delay_s=_NUMBERS,
         public_name=_TEXTS,
         version=_IDENTIFIERS,
     )

@@ -64,6 +64,7 @@ def server_info_values(info: ServerInfo) -> dict[str, Any]:
         "adapters": list(info.adapters),
         "using_relay": info.using_relay,
         "next_rtts_s": dict(info.next_rtts_s),
+        "queue_delay_s": info.queue_delay_s,
         "public_name": info.public_name,
         "version": info.version,
     }
@@ -93,6 +94,7 @@ def read_server_info(fields: Fields) -> ServerInfo:
         adapters=fields.texts("adapters", MAX_ADAPTERS, MAX_NAME_CHARACTERS),
         using_relay=fields.boolean("using_relay", default=False),
         next_rtts_s=_read_next_rtts(fields),
+        queue_delay_s=fields.number("queue_delay_s", 0.0),
         public_name=_read_printable(fields, "public_name"),
         version=_read_printable(fields, "version"),
     )

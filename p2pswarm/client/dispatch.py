@@ -13,8 +13,8 @@ import torch
 import trio
 
 from p2pswarm.blocks.client_model import BlocksCall
-from p2pswarm.client.chain import StepInput
 from p2pswarm.client.session import Session
+from p2pswarm.client.step_input import StepInput
 from p2pswarm.core.errors import ConfigError
 
 Call = Callable[..., Any]

@@ -10,12 +10,12 @@ import trio
 from transformers import PreTrainedModel
 
 from p2pswarm.checkpoint.checkpoint import Checkpoint
-from p2pswarm.client.chain import StepInput
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.forward import ForwardPass
 from p2pswarm.client.generation import GeneratingSession
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.single_error import single_error
+from p2pswarm.client.step_input import StepInput
 from p2pswarm.core.ids import ModelId
 from p2pswarm.rpc.client import RpcClient
 

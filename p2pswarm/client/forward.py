@@ -2,9 +2,10 @@
 
 import torch
 
-from p2pswarm.client.chain import StepInput, at_hop, decode_finite
+from p2pswarm.client.chain import at_hop, decode_finite
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.model_servers import ModelServers
+from p2pswarm.client.step_input import StepInput
 from p2pswarm.core.errors import BadAnswer, ConfigError, NetworkError, RemoteError, RequestRefused
 from p2pswarm.routing.planner import RouteRequest
 from p2pswarm.routing.route import Hop

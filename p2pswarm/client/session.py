@@ -12,11 +12,12 @@ from contextlib import contextmanager
 import torch
 import trio
 
-from p2pswarm.client.chain import Chain, StepInput, in_parts, open_chain
+from p2pswarm.client.chain import Chain, open_chain
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.history import TokenHistory
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.single_error import single_error
+from p2pswarm.client.step_input import StepInput, in_parts
 from p2pswarm.core.errors import ConfigError, MissingBlocksError, NetworkError, RemoteError, SessionClosed
 from p2pswarm.core.ids import SessionId
 from p2pswarm.routing.planner import RouteRequest

@@ -5,11 +5,11 @@ from typing import Self
 
 import torch
 
-from p2pswarm.client.chain import StepInput
 from p2pswarm.client.dispatch import ActiveSession, activated
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.generation import GeneratingSession
 from p2pswarm.client.portal import Portal
+from p2pswarm.client.step_input import StepInput
 from p2pswarm.core.errors import SessionClosed
 from p2pswarm.routing.route import Route
 

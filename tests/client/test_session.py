@@ -6,8 +6,8 @@ import pytest
 import torch
 import trio
 
-from p2pswarm.client.chain import StepInput
 from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.step_input import StepInput
 from p2pswarm.core.errors import (
     BadAnswer,
     ConfigError,

@@ -1,0 +1,58 @@
+"""What a session is given to run: the hidden states of new tokens, and what belongs to them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class StepInput:
+    """New tokens for a session, before its first block."""
+
+    hidden_states: torch.Tensor
+    """[batch, tokens, hidden], any float."""
+    position: int
+    """Tokens kept from before; fewer than were run means going back."""
+    attention_mask: torch.Tensor | None = None
+    """bool [batch, tokens]: False for padding. None: no padding."""
+    position_ids: torch.Tensor | None = None
+    """int64 [batch, tokens]. None: position, position + 1, ..."""
+    beam_indices: torch.Tensor | None = None
+    """int64 [batch]: the row that each row goes on from."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.hidden_states.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of each sequence."""
+        return self.hidden_states.shape[1]
+
+    @property
+    def num_tokens_in_total(self) -> int:
+        return self.batch_size * self.num_tokens
+
+    @property
+    def end(self) -> int:
+        """The position after the step."""
+        return self.position + self.num_tokens
+
+
+def in_parts(step: StepInput, max_bytes: int) -> Iterator[StepInput]:
+    """The step as several, one after the other, each with hidden states of at most `max_bytes` (or of one token)."""
+    bytes_per_token = step.batch_size * step.hidden_states.shape[2] * step.hidden_states.dtype.itemsize
+    tokens_at_once = max(1, max_bytes // bytes_per_token)
+    if step.num_tokens <= tokens_at_once:
+        yield step
+        return
+    for start in range(0, step.num_tokens, tokens_at_once):
+        part = slice(start, start + tokens_at_once)
+        yield StepInput(
+            step.hidden_states[:, part],
+            step.position + start,
+            None if step.attention_mask is None else step.attention_mask[:, part],
+            None if step.position_ids is None else step.position_ids[:, part],
+            step.beam_indices if start == 0 else None,
+        )

@@ -1,0 +1,48 @@
+"""The model that counts: the same answer however it is cut, and another one after any mistake with its tokens."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from p2pswarm.core.span import Span
+from p2pswarm.testing.arithmetic_model import MODULUS, Tokens, run_blocks
+
+ALL = Span(0, 6)
+ROWS = st.lists(st.integers(0, MODULUS - 1), min_size=2, max_size=12)
+
+
+def text(rows: list[list[int]]) -> Tokens:
+    return Tokens.none(len(rows)).followed_by(torch.tensor(rows, dtype=torch.float32)[:, :, None], None, None)
+
+
+@given(row=ROWS, cut=st.integers(1, 5))
+def test_it_does_not_matter_where_the_blocks_are_cut(row: list[int], cut: int) -> None:
+    middle = run_blocks(Span(0, cut), text([row]))
+    got = run_blocks(Span(cut, 6), Tokens.none(1).followed_by(middle, None, None))
+    assert torch.equal(got, run_blocks(ALL, text([row])))
+
+
+@given(row=ROWS, index=st.integers(0, 11), change=st.integers(1, MODULUS - 1))
+def test_a_wrong_token_shows_from_there_on(row: list[int], index: int, change: int) -> None:
+    index %= len(row)
+    wrong = [*row[:index], (row[index] + change) % MODULUS, *row[index + 1 :]]
+    same = run_blocks(ALL, text([row])) == run_blocks(ALL, text([wrong]))
+    assert same[0, :index].all()
+    assert not same[0, index]
+    assert not same.all()
+
+
+def test_padding_and_position_ids_count() -> None:
+    tokens = torch.tensor([[[5.0], [7.0], [9.0]]])
+    plain = run_blocks(ALL, text([[5, 7, 9]]))
+    padded = Tokens.none(1).followed_by(tokens, torch.tensor([[False, True, True]]), None)
+    moved = Tokens.none(1).followed_by(tokens, None, torch.tensor([[0, 1, 3]]))
+    assert (run_blocks(ALL, padded)[0, 1:] != plain[0, 1:]).all()
+    assert (run_blocks(ALL, moved) == plain).flatten().tolist() == [True, True, False]
+
+
+def test_rows_know_nothing_of_one_another_and_can_be_reordered() -> None:
+    two = text([[1, 2, 3], [4, 5, 6]])
+    assert torch.equal(run_blocks(ALL, two)[1:], run_blocks(ALL, text([[4, 5, 6]])))
+    swapped = two.reordered(torch.tensor([1, 1]))
+    assert torch.equal(run_blocks(ALL, swapped), run_blocks(ALL, text([[4, 5, 6], [4, 5, 6]])))

@@ -8,6 +8,7 @@ and does not promise order or one and the same thread. Read `swarmd/handler.py` 
 import logging
 import queue
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Generic, Protocol, TypeVar
@@ -16,6 +17,7 @@ import outcome
 import trio
 
 from p2pswarm.core.errors import ServerBusy
+from swarmd.queue_delay import QueueDelay
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -51,20 +53,23 @@ class InlineDevice:
 class Job(Generic[Result]):
     """A function on its way through the queue, and the task that waits for it."""
 
-    __slots__ = ("function", "task")
+    __slots__ = ("asked_at_s", "function", "started_at_s", "task")
 
-    def __init__(self, function: Callable[[], Result], task: trio.lowlevel.Task) -> None:
+    def __init__(self, function: Callable[[], Result], task: trio.lowlevel.Task, now_s: float) -> None:
         self.function: Callable[[], Result] | None = function
         """None once taken back."""
         self.task: trio.lowlevel.Task | None = task
         """None once it no longer waits. Touched by the trio thread only."""
+        self.asked_at_s = self.started_at_s = now_s
 
 
 class DeviceThread:
     """A `Device` of one thread; made by `open_device_thread`."""
 
-    def __init__(self, max_waiting: int) -> None:
+    def __init__(self, max_waiting: int, clock_s: Callable[[], float]) -> None:
         self._max_waiting = max_waiting
+        self._clock_s = clock_s
+        self._queue_delay = QueueDelay(clock_s())
         self._token = trio.lowlevel.current_trio_token()
         self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
         self._num_waiting = 0
@@ -76,11 +81,16 @@ class DeviceThread:
         """Functions handed in and not yet through, the running one included."""
         return self._num_waiting
 
+    @property
+    def queue_delay_s(self) -> float:
+        """How long functions wait these days before they run."""
+        return self._queue_delay.at(self._clock_s())
+
     async def run(self, function: Callable[[], Result]) -> Result:
         if self._num_waiting >= self._max_waiting:
             raise ServerBusy(f"{self._num_waiting} requests are waiting for the device already")
         await trio.lowlevel.checkpoint_if_cancelled()
-        job = Job(function, trio.lowlevel.current_task())
+        job = Job(function, trio.lowlevel.current_task(), self._clock_s())
         self._num_waiting += 1
         self._jobs.put(job)
 
@@ -97,6 +107,7 @@ class DeviceThread:
             function = job.function
             if function is None:
                 continue
+            job.started_at_s = self._clock_s()
             result = outcome.capture(function)
             try:
                 self._token.run_sync_soon(self._deliver, job, result)
@@ -111,16 +122,19 @@ class DeviceThread:
             return
         task, job.task, job.function = job.task, None, None
         self._num_waiting -= 1
+        self._queue_delay.note(job.started_at_s - job.asked_at_s, self._clock_s())
         trio.lowlevel.reschedule(task, result)
 
 
 @asynccontextmanager
-async def open_device_thread(*, max_waiting: int = MAX_WAITING) -> AsyncIterator[DeviceThread]:
-    """A thread of its own, for as long as the context lasts.
+async def open_device_thread(
+    *, max_waiting: int = MAX_WAITING, clock_s: Callable[[], float] = time.perf_counter
+) -> AsyncIterator[DeviceThread]:
+    """A thread of its own, for as long as the context lasts. `clock_s` is asked by both threads.
 
     On the way out the running function is waited for, but not for long: `swarmd/launch.py` ends the process around it.
     """
-    device = DeviceThread(max_waiting)
+    device = DeviceThread(max_waiting, clock_s)
     device._thread.start()
     try:
         yield device

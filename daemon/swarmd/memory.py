@@ -15,8 +15,6 @@ MAX_DEFAULT_CACHE_TOKENS = 1 << 17
 """128 Ki: 16 sessions of 8 Ki tokens. Small models would otherwise announce more than any one device can decode."""
 MIN_DEFAULT_CACHE_TOKENS = 2048
 """One chat: less is no use to anybody, so the operator is better served by a server that tries."""
-ANNOUNCED_CHANGE = 0.25
-"""Of the whole cache: how far the room may move before the announcement is corrected."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,10 +65,3 @@ def default_cache_tokens(free_bytes: int, bytes_per_token: int) -> int:
     """How many tokens of KV cache to offer on a machine with so much free memory."""
     fitting = int(free_bytes * FREE_MEMORY_FOR_CACHE) // max(bytes_per_token, 1)
     return max(MIN_DEFAULT_CACHE_TOKENS, min(fitting, MAX_DEFAULT_CACHE_TOKENS))
-
-
-def is_worth_announcing(announced_tokens_left: int, tokens_left: int, total_tokens: int) -> bool:
-    """Whether the room has moved so far that clients would choose differently: by a quarter, or to or from none."""
-    if (announced_tokens_left == 0) != (tokens_left == 0):
-        return True
-    return abs(announced_tokens_left - tokens_left) > ANNOUNCED_CHANGE * total_tokens

@@ -1,4 +1,4 @@
-"""What the swarm is told of this server, kept true: state, room in the cache, and all of it anew after an outage."""
+"""What the swarm is told of this server, kept true: state, figures, and all of it anew after an outage."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +8,10 @@ import trio
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.directory.announcer import Announcer
 from swarmd.events import Events
-from swarmd.memory import CacheBudget, is_worth_announcing
+from swarmd.figures import Figures
 
-CACHE_CHECK_PERIOD_S = 2.0
-"""How old the announced room in the cache may be; a busy server announces at most this often."""
+FIGURES_CHECK_PERIOD_S = 2.0
+"""How old a wrong figure may be; a busy server announces at most this often."""
 SWARM_CHECK_PERIOD_S = 5.0
 
 
@@ -31,13 +31,13 @@ class Presence:
         self.info = info
         await self._announcer.announce(info)
 
-    async def follow_cache(self, budget: CacheBudget) -> None:
-        """Corrects the announced room when it has changed so far that clients would choose differently."""
+    async def follow_figures(self, figures: Figures) -> None:
+        """Corrects the announced figures when they have changed so far that clients would choose differently."""
         while True:
-            await trio.sleep(CACHE_CHECK_PERIOD_S)
-            tokens_left = budget.tokens_left
-            if is_worth_announcing(self.info.cache_tokens_left, tokens_left, budget.total_tokens):
-                await self.announce(replace(self.info, cache_tokens_left=tokens_left))
+            await trio.sleep(FIGURES_CHECK_PERIOD_S)
+            correction = figures.correction(self.info)
+            if correction is not None:
+                await self.announce(correction)
 
     async def follow_swarm(self, num_nodes: Callable[[], int], events: Events) -> None:
         """Tells once when all other nodes are lost, and announces anew when some are back.

@@ -9,9 +9,8 @@ Decides nothing about requests (`swarmd/handler.py`) nor about sizes (`swarmd/en
 
 import gc
 import importlib
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +22,7 @@ import trio
 from p2pswarm.core.clock import Clock
 from p2pswarm.core.errors import NoPeersError, SwarmingError
 from p2pswarm.core.nursery import open_transparent_nursery
-from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.dht.node import DhtNode
 from p2pswarm.directory.announcer import Announcer
@@ -31,23 +30,24 @@ from p2pswarm.directory.directory import Directory
 from p2pswarm.net.host import open_network
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Network
+from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
-from p2pswarm.wire.messages import InfoReply
 from swarmd.block_choice import worst_served_span
 from swarmd.config import ServerConfig
-from swarmd.device_thread import Device, open_device_thread
+from swarmd.device_thread import DeviceThread, open_device_thread
 from swarmd.events import Events
+from swarmd.figures import Figures
 from swarmd.identity_file import known_peers_path
 from swarmd.listen import listen_addresses
 from swarmd.memory import CacheBudget
+from swarmd.pings import PERIOD_S, Pings
 from swarmd.presence import Presence
+from swarmd.self_description import answer_info, joining_info, online_info, ready_fields
 from swarmd.signals import unless
 
 if TYPE_CHECKING:
     from swarmd.engine import LoadedSpan, OpenedModel
 
-MAX_PEERS_TOLD = 20
-"""In the answer to a client who asks: enough to find the swarm again when its own first peer is gone."""
 DRAINING_ANNOUNCEMENT_TIMEOUT_S = 2.0
 """Clients learn it from our refusals as well."""
 
@@ -78,12 +78,12 @@ async def serve(
         await nursery.start(dht.run)
         announcer = Announcer(dht, network, clock, random)
         nursery.start_soon(announcer.run)
-        around = Surroundings(network, dht, announcer, device, clock, events)
+        around = Surroundings(network, dht, announcer, RpcClient(network), device, clock, random, events)
         try:
             running = await unless(stop, partial(_start, config, around, nursery))
             if running is not None:
                 start_s = clock.unix_time_s() - started_unix_s
-                events("ready", **_ready_fields(config, running, start_s))
+                events("ready", **ready_fields(config, running.presence.info, str(running.opened.device), start_s))
                 await _serve_until(stop, around, running)
                 await _drain(config, around, running)
         except SwarmingError:
@@ -101,8 +101,11 @@ class Surroundings:
     network: Network
     dht: DhtNode
     announcer: Announcer
-    device: Device
+    calls: RpcClient
+    """To other servers."""
+    device: DeviceThread
     clock: Clock
+    random: Random
     events: Events
 
 
@@ -112,7 +115,8 @@ class Running:
 
     opened: "OpenedModel"
     presence: Presence
-    budget: CacheBudget
+    figures: Figures
+    pings: Pings
     rpc: RpcServer
 
 
@@ -129,7 +133,7 @@ async def _start(config: ServerConfig, around: Surroundings, nursery: trio.Nurse
         events("warning", message=opened.warning)
     span = await _choose_blocks(config, around, opened, joined)
     events("loading", model=opened.checkpoint.name, blocks=str(span), dtype=opened.dtype_name)
-    presence = Presence(around.announcer, _joining_info(config, around.network, opened, span))
+    presence = Presence(around.announcer, joining_info(config, around.network, opened, span))
     loaded: LoadedSpan
     async with open_transparent_nursery() as loading:
         loading.start_soon(_announce_joining, presence, joined)
@@ -137,14 +141,16 @@ async def _start(config: ServerConfig, around: Surroundings, nursery: trio.Nurse
 
     budget = CacheBudget(loaded.cache_tokens, span.num_blocks)
     served = Served(opened.model_id, loaded.model, loaded.max_length)
+    pings = Pings(presence.info, around.network, around.calls, around.random)
+    figures = Figures(budget, device, pings)
     rpc = RpcServer(
-        around.network, SpanService(served, device, budget, partial(_describe, presence, budget, around.dht))
+        around.network, SpanService(served, device, budget, partial(answer_info, presence, figures, around.dht))
     )
     await nursery.start(rpc.run)
-    await presence.announce(_online_info(presence.info, loaded))
+    await presence.announce(online_info(presence.info, loaded))
     gc.freeze()  # what a start leaves behind lives for ever: looking through it costs 0.3 s each time
     gc.enable()
-    return Running(opened, presence, budget, rpc)
+    return Running(opened, presence, figures, pings, rpc)
 
 
 def _import_engine() -> None:
@@ -185,72 +191,21 @@ async def _announce_joining(presence: Presence, joined: trio.Event) -> None:
     await presence.become(ServerState.JOINING)
 
 
-def _joining_info(config: ServerConfig, network: Network, opened: "OpenedModel", span: Span) -> ServerInfo:
-    return ServerInfo(
-        peer_id=network.peer_id,
-        model_id=opened.model_id,
-        span=span,
-        state=ServerState.JOINING,
-        addresses=network.addresses,
-        num_model_blocks=opened.num_blocks,
-        throughput_tokens_per_s=0.0,
-        inference_tokens_per_s=0.0,
-        forward_tokens_per_s=0.0,
-        network_tokens_per_s=0.0,
-        dtype=opened.dtype_name,
-        public_name=config.name,
-        version=version("p2pswarm"),
-    )
-
-
-def _online_info(info: ServerInfo, loaded: "LoadedSpan") -> ServerInfo:
-    throughput = loaded.throughput
-    return replace(
-        info,
-        state=ServerState.ONLINE,
-        throughput_tokens_per_s=throughput.of_server(info.span.num_blocks),
-        inference_tokens_per_s=throughput.inference_tokens_per_s,
-        forward_tokens_per_s=throughput.forward_tokens_per_s,
-        network_tokens_per_s=throughput.network_tokens_per_s,
-        cache_tokens_left=loaded.cache_tokens,
-        max_length=loaded.max_length,
-    )
-
-
-def _describe(presence: Presence, budget: CacheBudget, dht: DhtNode) -> InfoReply:
-    """What a client is told who asks: the announcement, the room there is now, and other nodes."""
-    others = {contact.peer_id: contact.addresses for contact in dht.known_contacts()[:MAX_PEERS_TOLD]}
-    return InfoReply(replace(presence.info, cache_tokens_left=budget.tokens_left), peers=others)
-
-
-def _ready_fields(config: ServerConfig, running: Running, start_s: float) -> Mapping[str, object]:
-    info = running.presence.info
-    join = f"swarmd start {shlex.quote(config.model)} --peers {info.addresses[0]}"
-    return {
-        "peer_id": info.peer_id,
-        "addresses": list(info.addresses),
-        "model": config.model,
-        "model_id": info.model_id,
-        "blocks": str(info.span),
-        "start_block": info.span.start,
-        "end_block": info.span.end,
-        "num_model_blocks": info.num_model_blocks,
-        "dtype": info.dtype,
-        "device": str(running.opened.device),
-        "cache_tokens": info.cache_tokens_left,
-        "max_length": info.max_length,
-        "start_s": round(start_s, 3),
-        "join_command": join,
-    }
-
-
 async def _serve_until(stop: trio.Event, around: Surroundings, running: Running) -> None:
     """Requests are answered in the background; here the announcement is kept true."""
     async with open_transparent_nursery() as nursery:
-        nursery.start_soon(running.presence.follow_cache, running.budget)
+        nursery.start_soon(running.presence.follow_figures, running.figures)
+        nursery.start_soon(_follow_next_servers, around, running)
         nursery.start_soon(running.presence.follow_swarm, lambda: around.dht.num_contacts, around.events)
         await stop.wait()
         nursery.cancel_scope.cancel()
+
+
+async def _follow_next_servers(around: Surroundings, running: Running) -> None:
+    """Keeps looking who is there, and how far away those are who may come next."""
+    directory = Directory(around.dht, around.clock, around.random)
+    async with directory.watch(running.opened.model_id, PERIOD_S) as view:
+        await running.pings.follow(view)
 
 
 async def _drain(config: ServerConfig, around: Surroundings, running: Running) -> None:

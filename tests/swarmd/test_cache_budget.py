@@ -12,7 +12,6 @@ from swarmd.memory import (
     CacheBudget,
     Reservation,
     default_cache_tokens,
-    is_worth_announcing,
 )
 
 
@@ -77,13 +76,3 @@ def test_the_default_follows_the_free_memory_within_bounds() -> None:
     assert default_cache_tokens(4 * gib, bytes_per_token=1 << 20) == MIN_DEFAULT_CACHE_TOKENS
     assert default_cache_tokens(16 * gib, bytes_per_token=1 << 20) == 4096
     assert default_cache_tokens(64 * gib, bytes_per_token=1 << 10) == MAX_DEFAULT_CACHE_TOKENS
-
-
-@pytest.mark.parametrize(
-    ("announced", "now", "is_worth"),
-    [(1000, 1000, False), (1000, 800, False), (1000, 700, True), (700, 1000, True), (100, 0, True), (0, 1, True)],
-)
-def test_the_room_is_announced_anew_only_when_clients_would_choose_differently(
-    announced: int, now: int, is_worth: bool
-) -> None:
-    assert is_worth_announcing(announced, now, total_tokens=1000) is is_worth

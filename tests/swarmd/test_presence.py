@@ -1,6 +1,7 @@
 """What a server announces follows what is so, and is announced again after an outage."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import trio
 from trio.testing import MockClock
@@ -8,8 +9,9 @@ from trio.testing import MockClock
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
+from swarmd.figures import Figures
 from swarmd.memory import CacheBudget
-from swarmd.presence import CACHE_CHECK_PERIOD_S, SWARM_CHECK_PERIOD_S, Presence
+from swarmd.presence import FIGURES_CHECK_PERIOD_S, SWARM_CHECK_PERIOD_S, Presence
 
 
 class NotingAnnouncer:
@@ -21,6 +23,16 @@ class NotingAnnouncer:
     async def announce(self, info: ServerInfo) -> int:
         self.announced.append(info)
         return 1
+
+
+@dataclass
+class FixedWaiting:
+    queue_delay_s: float = 0.0
+
+
+@dataclass
+class FixedNeighbours:
+    round_trips_s: Mapping[PeerId, float] = field(default_factory=dict)
 
 
 class NotingEvents:
@@ -62,10 +74,10 @@ async def test_the_room_in_the_cache_is_corrected_when_it_matters(
 ) -> None:
     announcer, presence = make_presence()
     budget = CacheBudget(1000, num_blocks=4)
-    nursery.start_soon(presence.follow_cache, budget)
+    nursery.start_soon(presence.follow_figures, Figures(budget, FixedWaiting(), FixedNeighbours()))
 
     async def announced_rooms() -> Sequence[int]:
-        await trio.sleep(3 * CACHE_CHECK_PERIOD_S)
+        await trio.sleep(3 * FIGURES_CHECK_PERIOD_S)
         return [info.cache_tokens_left for info in announcer.announced]
 
     budget.reserve(100, num_blocks=4)
@@ -74,6 +86,22 @@ async def test_the_room_in_the_cache_is_corrected_when_it_matters(
     assert await announced_rooms() == [0]
     budget.release(large)
     assert await announced_rooms() == [0, 900]
+
+
+async def test_all_figures_go_out_together_and_at_a_bounded_rate(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    announcer, presence = make_presence()
+    waiting, neighbours = FixedWaiting(), FixedNeighbours()
+    nursery.start_soon(presence.follow_figures, Figures(CacheBudget(1000, num_blocks=4), waiting, neighbours))
+    for change in range(1, 101):
+        waiting.queue_delay_s = float(change % 2)
+        neighbours.round_trips_s = {PeerId("next"): 1.05**change}
+        await trio.sleep(FIGURES_CHECK_PERIOD_S / 10)
+    assert 9 <= len(announcer.announced) <= 10
+    last = announcer.announced[-1]
+    assert last.next_rtts_s[PeerId("next")] > 1.05**80
+    assert (last.state, last.cache_tokens_left) == (ServerState.ONLINE, 1000)
 
 
 async def test_an_outage_is_told_once_and_ends_with_a_new_announcement(

@@ -1,0 +1,83 @@
+"""What a server says of itself: to the swarm, to clients who ask, and to its operator when it is ready. Pure."""
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.span import Span
+from p2pswarm.dht.node import DhtNode
+from p2pswarm.net.network import Network
+from p2pswarm.wire.messages import InfoReply
+from swarmd.config import ServerConfig
+from swarmd.figures import Figures
+from swarmd.presence import Presence
+
+if TYPE_CHECKING:
+    from swarmd.engine import LoadedSpan, OpenedModel
+
+MAX_PEERS_TOLD = 20
+"""In the answer to a client who asks: enough to find the swarm again when its own first peer is gone."""
+
+
+def joining_info(config: ServerConfig, network: Network, opened: "OpenedModel", span: Span) -> ServerInfo:
+    """Before anything is loaded or measured."""
+    return ServerInfo(
+        peer_id=network.peer_id,
+        model_id=opened.model_id,
+        span=span,
+        state=ServerState.JOINING,
+        addresses=network.addresses,
+        num_model_blocks=opened.num_blocks,
+        throughput_tokens_per_s=0.0,
+        inference_tokens_per_s=0.0,
+        forward_tokens_per_s=0.0,
+        network_tokens_per_s=0.0,
+        dtype=opened.dtype_name,
+        public_name=config.name,
+        version=version("p2pswarm"),
+    )
+
+
+def online_info(info: ServerInfo, loaded: "LoadedSpan") -> ServerInfo:
+    """From when requests are answered."""
+    throughput = loaded.throughput
+    return replace(
+        info,
+        state=ServerState.ONLINE,
+        throughput_tokens_per_s=throughput.of_server(info.span.num_blocks),
+        inference_tokens_per_s=throughput.inference_tokens_per_s,
+        forward_tokens_per_s=throughput.forward_tokens_per_s,
+        network_tokens_per_s=throughput.network_tokens_per_s,
+        cache_tokens_left=loaded.cache_tokens,
+        max_length=loaded.max_length,
+    )
+
+
+def answer_info(presence: Presence, figures: Figures, dht: DhtNode) -> InfoReply:
+    """What a client is told who asks: the announcement with today's figures, and other nodes."""
+    others = {contact.peer_id: contact.addresses for contact in dht.known_contacts()[:MAX_PEERS_TOLD]}
+    return InfoReply(figures.updated(presence.info), peers=others)
+
+
+def ready_fields(config: ServerConfig, info: ServerInfo, device: str, start_s: float) -> Mapping[str, object]:
+    """Of the event that tells the operator how the server can be reached."""
+    join = f"swarmd start {shlex.quote(config.model)} --peers {info.addresses[0]}"
+    return {
+        "peer_id": info.peer_id,
+        "addresses": list(info.addresses),
+        "model": config.model,
+        "model_id": info.model_id,
+        "blocks": str(info.span),
+        "start_block": info.span.start,
+        "end_block": info.span.end,
+        "num_model_blocks": info.num_model_blocks,
+        "dtype": info.dtype,
+        "device": device,
+        "cache_tokens": info.cache_tokens_left,
+        "max_length": info.max_length,
+        "start_s": round(start_s, 3),
+        "join_command": join,
+    }

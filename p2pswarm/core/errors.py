@@ -20,6 +20,7 @@ SwarmingError
 ├── NetworkError              nobody did wrong: try again
 │   ├── PeerUnreachable       no address of the peer answered
 │   ├── ConnectionLost        the connection or stream ended in the middle
+│   ├── SessionLost           the server ended the session in good order (it stops, or it was idle): go on elsewhere
 │   └── DeadlineExceeded      no answer in the time the caller gave
 └── SwarmError                the swarm as a whole cannot do it now
     ├── NoPeersError          none of the known peers answers
@@ -122,6 +123,10 @@ class PeerUnreachable(NetworkError):
 
 class ConnectionLost(NetworkError):
     """The connection or stream ended in the middle."""
+
+
+class SessionLost(NetworkError):
+    """The server ended the session in good order: go on elsewhere."""
 
 
 class DeadlineExceeded(NetworkError, TimeoutError):

@@ -7,11 +7,11 @@ import trio
 from p2pswarm.core.errors import (
     BadRequest,
     CodecError,
-    ConnectionLost,
     ProtocolViolation,
     RequestRefused,
     ServerBusy,
     ServerFailed,
+    SessionLost,
     SwarmingError,
     UnknownMessage,
     UnsupportedVersion,
@@ -56,7 +56,7 @@ def error_from(reply: ErrorReply, peer_id: PeerId) -> SwarmingError:
         case ErrorCode.BUSY | ErrorCode.DRAINING:
             return ServerBusy(f"{peer_id} has no room: {text}", peer_id)
         case ErrorCode.SESSION_LOST:
-            return ConnectionLost(f"{peer_id} ended the session: {text}", peer_id)
+            return SessionLost(f"{peer_id} ended the session: {text}", peer_id)
         case ErrorCode.INTERNAL:
             return ServerFailed(f"{peer_id} failed: {text}", peer_id)
         case _:

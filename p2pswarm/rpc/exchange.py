@@ -18,7 +18,12 @@ def deadline(timeout_s: float, peer_id: PeerId, what: str) -> Iterator[None]:
         with trio.fail_after(timeout_s):
             yield
     except trio.TooSlowError as error:
-        raise DeadlineExceeded(f"{peer_id} did not {what} within {timeout_s:g} s", peer_id) from error
+        raise too_late(timeout_s, peer_id, what) from error
+
+
+def too_late(timeout_s: float, peer_id: PeerId, what: str) -> DeadlineExceeded:
+    """The error that says so."""
+    return DeadlineExceeded(f"{peer_id} did not {what} within {timeout_s:.3g} s", peer_id)
 
 
 async def exchange(framed: FramedStream, request: Message) -> Message:
@@ -27,23 +32,29 @@ async def exchange(framed: FramedStream, request: Message) -> Message:
     Raises `ConnectionLost`, `ProtocolViolation`. The stream is reset if this raises or is cancelled.
     """
     try:
-        try:
-            await framed.send(request)
-        except ConnectionLost as lost:
-            answer = await _last_word(framed, lost)
-        else:
-            answer = await framed.receive()
-        if answer is None:
-            raise ConnectionLost(f"{framed.peer_id} closed the stream without an answer", framed.peer_id)
+        answer = await send_or_hear_why_not(framed, request) or await receive_answer(framed)
     except BaseException:
         framed.reset()
         raise
     return answer
 
 
-async def _last_word(framed: FramedStream, lost: ConnectionLost) -> Message | None:
-    """What came before the stream was lost. Does not wait: a stream that cannot be written has all it will have."""
+async def send_or_hear_why_not(framed: FramedStream, request: Message) -> Message | None:
+    """None when the request is on its way, else what the peer said before it left. Raises `ConnectionLost`."""
     try:
-        return await framed.receive()
-    except ConnectionLost:
-        raise lost from None
+        await framed.send(request)
+    except ConnectionLost as lost:
+        # Does not wait: a stream that cannot be written has all it will have.
+        try:
+            return await receive_answer(framed)
+        except ConnectionLost:
+            raise lost from None
+    return None
+
+
+async def receive_answer(framed: FramedStream) -> Message:
+    """The next message. Raises `ConnectionLost` where there is none, `ProtocolViolation`."""
+    answer = await framed.receive()
+    if answer is None:
+        raise ConnectionLost(f"{framed.peer_id} closed the stream without an answer", framed.peer_id)
+    return answer

@@ -8,6 +8,7 @@ from p2pswarm.core.span import Span
 from p2pswarm.wire.messages import (
     FLOAT_DTYPES,
     MAX_LENGTH,
+    MAX_STEP_ID,
     Codec,
     ErrorCode,
     ErrorReply,
@@ -16,7 +17,11 @@ from p2pswarm.wire.messages import (
     InfoReply,
     InfoRequest,
     Message,
+    NextHop,
     OpenSession,
+    Push,
+    PushedStep,
+    PushReply,
     SessionOpened,
     Step,
     StepReply,
@@ -27,7 +32,7 @@ from p2pswarm.wire.messages import (
 _IDENTIFIERS = st.text("abcXYZ019-_.@/", min_size=1, max_size=20)
 _NUMBERS = st.floats(0, 1e12)
 _TEXTS = st.text("abc é漢🙂", max_size=20)
-_STEP_IDS = st.integers(0, (1 << 63) - 1)
+_STEP_IDS = st.integers(0, MAX_STEP_ID)
 _POSITIONS = st.integers(0, MAX_LENGTH)
 
 
@@ -73,9 +78,15 @@ def wire_tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: str | None = No
     return WireTensor(dtype, shape, draw(st.binary(min_size=size_bytes, max_size=size_bytes)), codec)
 
 
+def next_hops() -> st.SearchStrategy[NextHop]:
+    """Where a server may be asked to push to."""
+    addresses = st.lists(_IDENTIFIERS, max_size=3).map(tuple)
+    return st.builds(NextHop, _IDENTIFIERS.map(PeerId), _IDENTIFIERS.map(SessionId), addresses)
+
+
 @st.composite
 def steps(draw: st.DrawFn) -> Step:
-    """Steps with and without masks, positions and beams."""
+    """Steps with and without masks, positions, beams and a next hop."""
     shape = _draw_shape(draw)
     return Step(
         draw(_STEP_IDS),
@@ -84,6 +95,22 @@ def steps(draw: st.DrawFn) -> Step:
         attention_mask=draw(st.none() | wire_tensors(shape[:2], "bool")),
         position_ids=draw(st.none() | wire_tensors(shape[:2], "int64")),
         beam_indices=draw(st.none() | wire_tensors(shape[:1], "int64")),
+        push_to=draw(st.none() | next_hops()),
+    )
+
+
+def pushed_steps() -> st.SearchStrategy[PushedStep]:
+    """The same without their hidden states."""
+    return steps().map(
+        lambda step: PushedStep(
+            step.step_id,
+            step.position,
+            step.num_tokens,
+            step.attention_mask,
+            step.position_ids,
+            step.beam_indices,
+            step.push_to,
+        )
     )
 
 
@@ -125,7 +152,10 @@ def messages() -> st.SearchStrategy[Message]:
         ),
         st.builds(SessionOpened, _IDENTIFIERS.map(SessionId)),
         steps(),
-        st.builds(StepReply, _STEP_IDS, _POSITIONS, answers),
+        pushed_steps(),
+        st.builds(StepReply, _STEP_IDS, _POSITIONS, answers, st.booleans()),
+        st.builds(Push, _IDENTIFIERS.map(SessionId), _STEP_IDS, answers),
+        st.just(PushReply()),
         forwards(),
         st.builds(ForwardReply, answers),
     )

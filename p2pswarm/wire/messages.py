@@ -19,10 +19,12 @@ from p2pswarm.core.span import Span
 from p2pswarm.wire.fields import MAX_TEXT_CHARACTERS, is_identifier
 from p2pswarm.wire.frames import Buffer, num_bytes
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Goes up when messages or fields are added; what breaks older nodes gets a new protocol id instead."""
 MIN_PROTOCOL_VERSION = 1
 """The oldest version this node still talks to."""
+PUSH_VERSION = 2
+"""The first version whose servers push, and take what others push."""
 
 ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
 """The dtypes that travel, and the bytes of one element."""
@@ -36,6 +38,9 @@ SCALE_BYTES = 4
 MAX_BATCH_SIZE = 1 << 16
 MAX_LENGTH = 1 << 24
 """Tokens: far above any model's context; keeps position arithmetic small."""
+MAX_STEP_ID = (1 << 63) - 1
+MAX_NEXT_HOP_ADDRESSES = 8
+MAX_NEXT_HOP_ADDRESS_CHARACTERS = 256
 
 
 class Codec(Enum):
@@ -164,6 +169,23 @@ class SessionOpened:
 
 
 @dataclass(frozen=True, slots=True)
+class NextHop:
+    """Where a server hands its output on to, besides answering its client."""
+
+    peer_id: PeerId
+    session_id: SessionId
+    """Of the session there: a secret of its client, of that server, and of whoever may push to it."""
+    addresses: tuple[str, ...] = ()
+    """Multiaddrs at which the peer can be dialled; none where the server knows them already."""
+
+    def __post_init__(self) -> None:
+        _check_identifier(self.peer_id, "peer_id")
+        _check_identifier(self.session_id, "session_id")
+        if len(self.addresses) > MAX_NEXT_HOP_ADDRESSES:
+            raise ConfigError(f"a next hop has at most {MAX_NEXT_HOP_ADDRESSES} addresses, got {len(self.addresses)}")
+
+
+@dataclass(frozen=True, slots=True)
 class Step:
     """Runs new tokens through the session's span, in its KV cache."""
 
@@ -179,9 +201,11 @@ class Step:
     """int64 [batch, tokens]. None: position, position + 1, ..."""
     beam_indices: WireTensor | None = None
     """int64 [batch]: row i of the cache becomes the old row `beam_indices[i]`, before the step."""
+    push_to: NextHop | None = None
+    """Who is handed the output, as the input of the step with the same id."""
 
     def __post_init__(self) -> None:
-        _check_range(self.step_id, 0, (1 << 63) - 1, "step_id")
+        _check_range(self.step_id, 0, MAX_STEP_ID, "step_id")
         _check_range(self.position, 0, MAX_LENGTH, "position")
         _check_hidden_states(self.hidden_states)
         batch_size, num_tokens, _ = self.hidden_states.shape
@@ -196,16 +220,79 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class PushedStep:
+    """A step whose hidden states come from the server before, by `Push`.
+
+    The same step as a whole `Step` may follow, where they do not come; whichever is first is run, and answered.
+    """
+
+    step_id: int
+    position: int
+    num_tokens: int
+    """New tokens per sequence."""
+    attention_mask: WireTensor | None = None
+    position_ids: WireTensor | None = None
+    beam_indices: WireTensor | None = None
+    push_to: NextHop | None = None
+
+    def __post_init__(self) -> None:
+        _check_range(self.step_id, 0, MAX_STEP_ID, "step_id")
+        _check_range(self.position, 0, MAX_LENGTH, "position")
+        _check_range(self.num_tokens, 0, MAX_LENGTH, "num_tokens")
+        tensors = (self.attention_mask, self.position_ids, self.beam_indices)
+        batch_size = next((tensor.shape[0] for tensor in tensors if tensor is not None and tensor.shape), 0)
+        _check_tensor(self.attention_mask, "attention_mask", "bool", (batch_size, self.num_tokens))
+        _check_tensor(self.position_ids, "position_ids", "int64", (batch_size, self.num_tokens))
+        _check_tensor(self.beam_indices, "beam_indices", "int64", (batch_size,))
+
+    def with_hidden_states(self, hidden_states: WireTensor) -> Step:
+        """The whole step. Raises `ConfigError` where the hidden states do not fit."""
+        step = Step(
+            self.step_id,
+            self.position,
+            hidden_states,
+            self.attention_mask,
+            self.position_ids,
+            self.beam_indices,
+            self.push_to,
+        )
+        if step.num_tokens != self.num_tokens:
+            raise ConfigError(f"wanted hidden states of {self.num_tokens} tokens, got {step.num_tokens}")
+        return step
+
+
+@dataclass(frozen=True, slots=True)
 class StepReply:
     step_id: int
     position: int
     """Tokens in the cache after the step."""
     hidden_states: WireTensor
+    from_push: bool = False
+    """Whether the hidden states that were run came by push."""
 
     def __post_init__(self) -> None:
-        _check_range(self.step_id, 0, (1 << 63) - 1, "step_id")
+        _check_range(self.step_id, 0, MAX_STEP_ID, "step_id")
         _check_range(self.position, 0, MAX_LENGTH, "position")
         _check_hidden_states(self.hidden_states)
+
+
+@dataclass(frozen=True, slots=True)
+class Push:
+    """From server to server: the input of a step that the session's client has announced there, or soon will."""
+
+    session_id: SessionId
+    step_id: int
+    hidden_states: WireTensor
+
+    def __post_init__(self) -> None:
+        _check_identifier(self.session_id, "session_id")
+        _check_range(self.step_id, 0, MAX_STEP_ID, "step_id")
+        _check_hidden_states(self.hidden_states)
+
+
+@dataclass(frozen=True, slots=True)
+class PushReply:
+    """The push was taken, or is not needed any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +325,20 @@ class ForwardReply:
         _check_hidden_states(self.hidden_states)
 
 
-Message = ErrorReply | InfoRequest | InfoReply | OpenSession | SessionOpened | Step | StepReply | Forward | ForwardReply
+Message = (
+    ErrorReply
+    | InfoRequest
+    | InfoReply
+    | OpenSession
+    | SessionOpened
+    | Step
+    | PushedStep
+    | StepReply
+    | Push
+    | PushReply
+    | Forward
+    | ForwardReply
+)
 
 
 def _check_range(value: int, minimum: int, maximum: int, name: str) -> None:
@@ -262,6 +362,6 @@ def _check_hidden_states(tensor: WireTensor) -> None:
 def _check_tensor(tensor: WireTensor | None, name: str, dtype: str, shape: tuple[int, ...]) -> None:
     if tensor is not None and (tensor.dtype != dtype or tensor.shape != shape):
         raise ConfigError(
-            f"{name} is {dtype} of shape {list(shape)}, as hidden_states have it, got {tensor.dtype} of shape "
+            f"{name} is {dtype} of shape {list(shape)}, as the others of the step have it, got {tensor.dtype} of shape "
             f"{list(tensor.shape)}"
         )

@@ -3,8 +3,7 @@
 A header is a map: `type`, `version` (the newest protocol version its sender speaks), the message's own fields, and
 `tensors`, a list of `[field, dtype, shape, codec, bytes]` in the order in which their bytes follow in the body.
 Fields, tensors and error codes that a reader does not know it passes over; a `type` it does not know raises
-`UnknownMessage`, which is answered, not punished. The types `backward`, `backward_reply`, `push` and `push_reply` are
-kept for training and for server-to-server hops.
+`UnknownMessage`, which is answered, not punished. The types `backward` and `backward_reply` are kept for training.
 
 Read `docs/protocol.md` for the same from the outside.
 """
@@ -21,6 +20,8 @@ from p2pswarm.wire.fields import Fields
 from p2pswarm.wire.frames import DEFAULT_LIMITS, Buffer, Frame, WireLimits, encode_frame, num_bytes
 from p2pswarm.wire.messages import (
     ITEM_BYTES,
+    MAX_NEXT_HOP_ADDRESS_CHARACTERS,
+    MAX_NEXT_HOP_ADDRESSES,
     MIN_PROTOCOL_VERSION,
     PROTOCOL_VERSION,
     Codec,
@@ -31,7 +32,11 @@ from p2pswarm.wire.messages import (
     InfoReply,
     InfoRequest,
     Message,
+    NextHop,
     OpenSession,
+    Push,
+    PushedStep,
+    PushReply,
     SessionOpened,
     Step,
     StepReply,
@@ -217,8 +222,26 @@ def _read_session_opened(fields: Fields, _: _Tensors) -> SessionOpened:
     return SessionOpened(SessionId(fields.text("session_id")))
 
 
-def _step_values(message: Step | StepReply) -> dict[str, Any]:
-    return {"step_id": message.step_id, "position": message.position}
+def _step_values(message: Step | PushedStep) -> dict[str, Any]:
+    values: dict[str, Any] = {"step_id": message.step_id, "position": message.position}
+    if message.push_to is not None:
+        values["push_to"] = {
+            "peer_id": message.push_to.peer_id,
+            "session_id": message.push_to.session_id,
+            "addresses": message.push_to.addresses,
+        }
+    return values
+
+
+def _read_next_hop(fields: Fields) -> NextHop | None:
+    if not fields.has("push_to"):
+        return None
+    hop = fields.nested("push_to")
+    return NextHop(
+        peer_id=PeerId(hop.text("peer_id")),
+        session_id=SessionId(hop.text("session_id")),
+        addresses=hop.texts("addresses", MAX_NEXT_HOP_ADDRESSES, MAX_NEXT_HOP_ADDRESS_CHARACTERS),
+    )
 
 
 def _read_step(fields: Fields, tensors: _Tensors) -> Step:
@@ -229,11 +252,52 @@ def _read_step(fields: Fields, tensors: _Tensors) -> Step:
         attention_mask=tensors.optional("attention_mask"),
         position_ids=tensors.optional("position_ids"),
         beam_indices=tensors.optional("beam_indices"),
+        push_to=_read_next_hop(fields),
     )
 
 
+def _pushed_step_values(message: PushedStep) -> dict[str, Any]:
+    return {**_step_values(message), "num_tokens": message.num_tokens}
+
+
+def _read_pushed_step(fields: Fields, tensors: _Tensors) -> PushedStep:
+    return PushedStep(
+        step_id=fields.integer("step_id"),
+        position=fields.integer("position"),
+        num_tokens=fields.integer("num_tokens"),
+        attention_mask=tensors.optional("attention_mask"),
+        position_ids=tensors.optional("position_ids"),
+        beam_indices=tensors.optional("beam_indices"),
+        push_to=_read_next_hop(fields),
+    )
+
+
+def _step_reply_values(message: StepReply) -> dict[str, Any]:
+    values: dict[str, Any] = {"step_id": message.step_id, "position": message.position}
+    if message.from_push:
+        values["from_push"] = True
+    return values
+
+
 def _read_step_reply(fields: Fields, tensors: _Tensors) -> StepReply:
-    return StepReply(fields.integer("step_id"), fields.integer("position"), tensors.required("hidden_states"))
+    return StepReply(
+        step_id=fields.integer("step_id"),
+        position=fields.integer("position"),
+        hidden_states=tensors.required("hidden_states"),
+        from_push=fields.boolean("from_push", default=False),
+    )
+
+
+def _push_values(message: Push) -> dict[str, Any]:
+    return {"session_id": message.session_id, "step_id": message.step_id}
+
+
+def _read_push(fields: Fields, tensors: _Tensors) -> Push:
+    return Push(SessionId(fields.text("session_id")), fields.integer("step_id"), tensors.required("hidden_states"))
+
+
+def _read_push_reply(_: Fields, __: _Tensors) -> PushReply:
+    return PushReply()
 
 
 def _forward_values(message: Forward) -> dict[str, Any]:
@@ -272,6 +336,7 @@ class _Kind:
 
 _STEP_TENSORS = ("position_ids", "beam_indices", "hidden_states", "attention_mask")
 """Widest elements first, so that each tensor lies aligned for its dtype without padding."""
+_PUSHED_STEP_TENSORS = ("position_ids", "beam_indices", "attention_mask")
 
 _KINDS = (
     _Kind("error", ErrorReply, _error_values, _read_error),
@@ -280,7 +345,10 @@ _KINDS = (
     _Kind("open_session", OpenSession, _open_session_values, _read_open_session),
     _Kind("session_opened", SessionOpened, _session_opened_values, _read_session_opened),
     _Kind("step", Step, _step_values, _read_step, _STEP_TENSORS),
-    _Kind("step_reply", StepReply, _step_values, _read_step_reply, ("hidden_states",)),
+    _Kind("pushed_step", PushedStep, _pushed_step_values, _read_pushed_step, _PUSHED_STEP_TENSORS),
+    _Kind("step_reply", StepReply, _step_reply_values, _read_step_reply, ("hidden_states",)),
+    _Kind("push", Push, _push_values, _read_push, ("hidden_states",)),
+    _Kind("push_reply", PushReply, _no_values, _read_push_reply),
     _Kind("forward", Forward, _forward_values, _read_forward, ("position_ids", "hidden_states", "attention_mask")),
     _Kind("forward_reply", ForwardReply, _no_values, _read_forward_reply, ("hidden_states",)),
 )

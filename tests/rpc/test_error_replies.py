@@ -11,6 +11,7 @@ from p2pswarm.core.errors import (
     RequestRefused,
     ServerBusy,
     ServerFailed,
+    SessionLost,
     UnknownMessage,
     UnsupportedVersion,
 )
@@ -50,8 +51,8 @@ def test_what_concerns_the_server_is_not_told(raised: Exception) -> None:
     assert type(error_from(reply, PEER)) is ServerFailed
 
 
-def test_a_lost_session_looks_like_a_lost_connection() -> None:
-    assert type(error_from(ErrorReply(ErrorCode.SESSION_LOST, "idle"), PEER)) is ConnectionLost
+def test_a_session_ended_in_good_order_is_nobodys_fault() -> None:
+    assert type(error_from(ErrorReply(ErrorCode.SESSION_LOST, "idle"), PEER)) is SessionLost
 
 
 def test_long_and_odd_texts_are_tamed() -> None:

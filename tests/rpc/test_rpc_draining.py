@@ -6,7 +6,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from p2pswarm.core.errors import ConnectionLost, ServerBusy
+from p2pswarm.core.errors import ConnectionLost, ServerBusy, SessionLost
 from p2pswarm.rpc.remote_session import RemoteSession
 from p2pswarm.testing.rpc_world import TIMEOUT_S, World, open_world, step
 from p2pswarm.testing.running_sum_service import SUM_MODEL, SUM_SPAN, RunningSumService, read_rows, wire_rows
@@ -71,7 +71,7 @@ async def generate_until_lost(session: RemoteSession) -> int:
     for index in itertools.count():
         try:
             assert await step(session, index, index, [1]) == [index + 1]
-        except ConnectionLost as error:
+        except SessionLost as error:
             assert "ended the session: the server is about to stop" in str(error)  # noqa: PT017 - after many steps
             return index
     raise AssertionError
@@ -101,7 +101,7 @@ async def test_a_resting_session_is_handed_back_at_once(autojump_clock: MockCloc
         await step(session, 0, 0, [1])
         await trio.sleep(10)
         assert await drain(world, 60) < 1
-        with pytest.raises(ConnectionLost):
+        with pytest.raises(SessionLost):
             await step(session, 1, 1, [1])
 
 
@@ -109,7 +109,7 @@ async def test_a_client_that_takes_no_answers_does_not_hold_up_the_end(autojump_
     async with open_world() as world, world.open_session() as session, trio.open_nursery() as nursery:
 
         async def call() -> None:
-            with pytest.raises(ConnectionLost):
+            with pytest.raises(SessionLost):
                 await step(session, 0, 0, [1])
 
         world.service.delay_s = 29
@@ -126,7 +126,7 @@ async def test_cancelling_the_server_closes_every_session(autojump_clock: MockCl
         await step(other, 0, 0, [1])
         world.server_scope.cancel()
         for session in (one, other):
-            with pytest.raises(ConnectionLost):
+            with pytest.raises(SessionLost):
                 await step(session, 1, 1, [1])
         await world.until_quiet()
         with pytest.raises(ConnectionLost):

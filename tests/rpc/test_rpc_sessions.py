@@ -13,18 +13,22 @@ from p2pswarm.core.errors import (
     ServerBusy,
     ServerFailed,
     SessionClosed,
+    SessionLost,
 )
 from p2pswarm.core.ids import ModelId, PeerId, SessionId
+from p2pswarm.net.network import Stream
 from p2pswarm.rpc.limits import RpcLimits
 from p2pswarm.rpc.remote_session import complaint_about
 from p2pswarm.testing.rpc_world import TIMEOUT_S, open_request, open_world, step
 from p2pswarm.testing.running_sum_service import SUM_SPAN, RunningSumService, RunningSumSession, wire_rows
+from p2pswarm.wire.frames import encode_frame
 from p2pswarm.wire.messages import (
     Codec,
     ErrorCode,
     ErrorReply,
     InfoRequest,
     OpenSession,
+    PushedStep,
     SessionOpened,
     Step,
     StepReply,
@@ -131,7 +135,7 @@ async def test_an_idle_session_is_lost_and_its_owner_told(autojump_clock: MockCl
         await step(session, 1, 1, [1])
         await trio.sleep(61)
         assert world.service.num_closed == 1
-        with pytest.raises(ConnectionLost, match=r"ended the session: no message came from \w+ for 60 s"):
+        with pytest.raises(SessionLost, match=r"ended the session: no message came from \w+ for 60 s"):
             await step(session, 2, 2, [1])
         with pytest.raises(SessionClosed, match="is over"):
             await step(session, 3, 2, [1])
@@ -183,6 +187,52 @@ async def test_a_hung_client_loses_its_session_and_nothing_remains(autojump_cloc
         await world.until_quiet()
         assert world.service.num_closed == 1
         world.memory.resume(world.network.peer_id)
+
+
+async def test_an_answer_may_be_waited_for_in_parts(autojump_clock: MockClock) -> None:
+    async with open_world(RunningSumService(delay_s=1)) as world, world.open_session() as session:
+        first = Step(0, 0, wire_rows([[1, 2]]))
+        await session.send(first)
+        assert await session.reply_within(first, 0.5) is None
+        assert await session.reply_within(first, 0.5) is None
+        assert await session.reply_within(first, 0.5) == StepReply(0, 2, wire_rows([[1, 3]]))
+        assert await step(session, 1, 2, [3]) == [6]
+
+
+async def test_a_step_that_is_never_answered_ends_the_session(autojump_clock: MockClock) -> None:
+    async with open_world(RunningSumService(delay_s=10)) as world, world.open_session() as session:
+        first = Step(0, 0, wire_rows([[1, 2]]))
+        await session.send(first)
+        with pytest.raises(DeadlineExceeded, match="did not answer a step within 2 s"):
+            await session.receive(first, 2)
+        assert session.is_over
+        with pytest.raises(SessionClosed):
+            await session.send(first)
+
+
+async def test_a_step_that_is_not_taken_ends_the_session(autojump_clock: MockClock) -> None:
+    async with open_world() as world, world.open_session(max_length=1000, batch_size=1000) as session:
+        world.memory.hang(world.peer_id)
+        with pytest.raises(DeadlineExceeded, match="did not take a step within 2 s"):
+            await session.send(Step(0, 0, WireTensor("float32", (1000, 1000, 1), bytes(4_000_000))), 2)
+        assert session.is_over
+        world.memory.resume(world.peer_id)
+
+
+async def test_a_client_learns_whether_its_server_pushes(autojump_clock: MockClock) -> None:
+    async with open_world() as world:
+        async with world.open_session() as session:
+            assert session.can_push
+
+        async def answer_as_of_old(stream: Stream) -> None:
+            await stream.read()
+            opened = {"type": "session_opened", "version": 1, "session_id": "session"}
+            await stream.write(*encode_frame(opened))
+            await trio.sleep(1)
+
+        world.serve_instead(answer_as_of_old)
+        async with world.open_session() as session:
+            assert not session.can_push
 
 
 class FailingService(RunningSumService):
@@ -255,6 +305,7 @@ async def test_a_session_that_fails_to_close_harms_nobody(
 
 
 STEP = Step(3, 5, WireTensor("float32", (1, 2, 1), bytes(8)))
+PUSHED_STEP = PushedStep(3, 5, 2)
 
 
 @pytest.mark.parametrize(
@@ -269,7 +320,24 @@ STEP = Step(3, 5, WireTensor("float32", (1, 2, 1), bytes(8)))
     ],
 )
 def test_an_answer_is_held_against_its_step(reply: StepReply, complaint: str | None) -> None:
-    found = complaint_about(reply, STEP, Codec.NONE)
+    found = complaint_about(reply, STEP, open_request())
+    assert (found is None) == (complaint is None)
+    assert complaint is None or complaint in str(found)
+
+
+@pytest.mark.parametrize(
+    ("reply", "complaint"),
+    [
+        (StepReply(3, 7, WireTensor("float32", (1, 2, 1), bytes(8)), from_push=True), None),
+        (StepReply(3, 7, WireTensor("float16", (1, 2, 9), bytes(36))), None),
+        (StepReply(2, 7, STEP.hidden_states), "step 2, not 3"),
+        (StepReply(3, 6, STEP.hidden_states), "position 6 to 2 tokens from 5 on"),
+        (StepReply(3, 7, WireTensor("float32", (1, 1, 1), bytes(4))), "shape [1, 1, 1] to 1 rows of 2 tokens"),
+        (StepReply(3, 7, WireTensor("float32", (1, 2, 1), bytes(4), Codec.FLOAT16)), "by codec float16, not none"),
+    ],
+)
+def test_an_answer_to_a_pushed_step_is_held_against_what_is_known(reply: StepReply, complaint: str | None) -> None:
+    found = complaint_about(reply, PUSHED_STEP, open_request())
     assert (found is None) == (complaint is None)
     assert complaint is None or complaint in str(found)
 

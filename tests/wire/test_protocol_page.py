@@ -40,7 +40,7 @@ def test_the_example_is_what_is_sent() -> None:
 
 def test_all_messages_are_listed() -> None:
     listed = set(first_cells(section("Messages"))) - {"type", "version", "tensors"}
-    assert listed == {*message_types(), "backward", "backward_reply", "push", "push_reply"}
+    assert listed == {*message_types(), "backward", "backward_reply"}
 
 
 def test_all_error_codes_are_listed() -> None:

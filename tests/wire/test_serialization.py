@@ -20,7 +20,9 @@ from p2pswarm.wire.messages import (
     ForwardReply,
     InfoRequest,
     Message,
+    NextHop,
     OpenSession,
+    PushedStep,
     SessionOpened,
     Step,
     StepReply,
@@ -66,7 +68,7 @@ def test_the_header_is_as_the_protocol_page_says() -> None:
     frame = frame_of(encode_message(STEP))
     assert frame.header == {
         "type": "step",
-        "version": 1,
+        "version": 2,
         "step_id": 7,
         "position": 5,
         "tensors": [
@@ -85,7 +87,7 @@ def test_tensors_lie_on_the_received_bytes() -> None:
     assert message.hidden_states.data[0] == 99
 
 
-@pytest.mark.parametrize("name", ["backward", "push", "from_the_future", "", None, 7, ["step"]])
+@pytest.mark.parametrize("name", ["backward", "from_the_future", "", None, 7, ["step"]])
 def test_unknown_types_are_told_apart_from_broken_messages(name: object) -> None:
     with pytest.raises(UnknownMessage, match="12D3KooWpeer sent a message of unknown type"):
         decode_message(Frame({"type": name}, memoryview(b"")), peer_id=PEER)
@@ -102,7 +104,7 @@ def test_unknown_fields_tensors_and_error_codes_are_passed_over() -> None:
 
 def test_newer_versions_are_welcome_and_too_old_ones_are_not() -> None:
     assert decode_message(changed(InfoRequest(), version=99)) == InfoRequest()
-    with pytest.raises(UnsupportedVersion, match="speaks protocol versions up to 0, this node from 1 to 1"):
+    with pytest.raises(UnsupportedVersion, match="speaks protocol versions up to 0, this node from 1 to 2"):
         decode_message(changed(InfoRequest(), version=0), peer_id=PEER)
 
 
@@ -163,6 +165,50 @@ def test_side_tensors_must_fit_the_hidden_states() -> None:
         Step(0, 0, HIDDEN, beam_indices=WireTensor("int64", (2,), bytes(16)))
 
 
+def test_what_only_pushing_peers_know_is_left_out_where_it_is_not_used() -> None:
+    assert "push_to" not in frame_of(encode_message(STEP)).header
+    assert "from_push" not in frame_of(encode_message(StepReply(7, 7, HIDDEN))).header
+
+
+def test_a_next_hop_travels_as_the_protocol_page_says() -> None:
+    step = PushedStep(7, 5, 2, push_to=NextHop(PEER, SessionId("s"), ("/ip4/10.0.0.1/tcp/4001",)))
+    assert frame_of(encode_message(step)).header == {
+        "type": "pushed_step",
+        "version": 2,
+        "step_id": 7,
+        "position": 5,
+        "num_tokens": 2,
+        "push_to": {"peer_id": PEER, "session_id": "s", "addresses": ["/ip4/10.0.0.1/tcp/4001"]},
+    }
+
+
+@pytest.mark.parametrize(
+    ("push_to", "complaint"),
+    [
+        ("somewhere", "push_to of step from 12D3KooWpeer: wanted a map"),
+        ({"peer_id": "p"}, "session_id to be text"),
+        ({"peer_id": "p q", "session_id": "s"}, "peer_id is short printable"),
+        ({"peer_id": "p", "session_id": ""}, "session_id is short printable"),
+        ({"peer_id": "p", "session_id": "s", "addresses": ["a"] * 9}, "at most 8 texts"),
+        ({"peer_id": "p", "session_id": "s", "addresses": ["a" * 257]}, "of at most 256 characters"),
+    ],
+)
+def test_next_hops_are_checked(push_to: object, complaint: str) -> None:
+    with pytest.raises(MalformedMessage, match=complaint):
+        decode_message(changed(STEP, push_to=push_to), peer_id=PEER)
+
+
+def test_a_pushed_step_becomes_whole_with_hidden_states_that_fit() -> None:
+    pushed = PushedStep(7, 5, 2, attention_mask=MASK)
+    assert pushed.with_hidden_states(HIDDEN) == STEP
+    with pytest.raises(ConfigError, match="attention_mask is bool"):
+        pushed.with_hidden_states(WireTensor("float32", (2, 2, 3), bytes(48)))
+    with pytest.raises(ConfigError, match="wanted hidden states of 3 tokens, got 2"):
+        PushedStep(7, 5, 3).with_hidden_states(HIDDEN)
+    with pytest.raises(ConfigError, match=r"attention_mask is bool of shape \[1, 3\]"):
+        PushedStep(7, 5, 3, attention_mask=MASK)
+
+
 def test_limits_on_tensors_are_the_callers() -> None:
     with pytest.raises(MalformedMessage, match="20 bytes"):
         decode_message(frame_of(encode_message(STEP)), WireLimits(max_tensor_bytes=20))
@@ -212,6 +258,8 @@ def test_messages_that_cannot_be_right_are_not_made() -> None:
         SessionOpened(SessionId("two words"))
     with pytest.raises(ConfigError, match="hidden_states"):
         ForwardReply(WireTensor("float32", (2, 3), bytes(24)))
+    with pytest.raises(ConfigError, match="at most 8 addresses"):
+        NextHop(PEER, SessionId("s"), ("/ip4/10.0.0.1/tcp/1",) * 9)
     with pytest.raises(ConfigError, match="at most 1024"):
         ErrorReply(ErrorCode.BUSY, "x" * 1025)
     assert ErrorReply.shortened(ErrorCode.BUSY, "x" * 1025).message == "x" * 1024

@@ -1,24 +1,36 @@
-"""Who serves one model, as this client sees it: the directory's live view, round trips measured from here, routes."""
+"""Who serves one model, as this client sees it: the directory's live view, what was measured from here, routes.
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+All sessions and calls of a client share what is learnt here: who failed, how long steps take, who can push to whom.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import trio
 
-from p2pswarm.client.chain import ChainTerms
 from p2pswarm.client.config import ClientConfig
-from p2pswarm.core.errors import MissingBlocksError, NetworkError, RemoteError, ServerBusy, SwarmingError
-from p2pswarm.core.ids import ModelId, PeerId, SessionId
+from p2pswarm.client.recovery import HopFailure, ban_reason
+from p2pswarm.client.step_times import StepTimes
+from p2pswarm.core.errors import MissingBlocksError, SwarmingError
+from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
-from p2pswarm.core.span import Span
+from p2pswarm.core.span import Span, uncovered
 from p2pswarm.net.network import Network
-from p2pswarm.routing.planner import Planner, RouteRequest
-from p2pswarm.routing.route import Route, short_peers
+from p2pswarm.routing.bans import Ban, BanReason
+from p2pswarm.routing.planner import Planner, RepairRequest, RouteRequest, ServerFilter
+from p2pswarm.routing.route import Hop, Route, short_peers
 from p2pswarm.rpc.client import RpcClient
 
+RELAY_AFTER_FAILED_PUSH_S = 300.0
+"""How long a pair of servers that could not hand on is relayed by the client before the next try."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def dtype_of(server: ServerInfo) -> torch.dtype:
+    """What the server computes in; float32 where that could not be sent, since servers convert what they get."""
+    return DTYPES.get(server.dtype, torch.float32)
 
 
 class ServerView(Protocol):
@@ -63,7 +75,10 @@ class ModelServers:
         self._network = network
         self._rpc = rpc
         self._config = config
+        self._filter = ServerFilter(config.allowed_servers, config.blocked_servers)
         self._measured_s: dict[PeerId, float] = {}
+        self._step_times: dict[Hop, StepTimes] = {}
+        self._relayed_until_s: dict[tuple[PeerId, PeerId], float] = {}
 
     @property
     def known(self) -> Mapping[PeerId, ServerInfo]:
@@ -80,14 +95,26 @@ class ModelServers:
         latest = {peer_id: self._network.round_trip_s(peer_id) for peer_id in self._view.servers}
         return self._measured_s | {peer_id: rtt_s for peer_id, rtt_s in latest.items() if rtt_s is not None}
 
+    def round_trip_s(self, peer_id: PeerId) -> float:
+        """The latest measurement, or what routing assumes where there is none."""
+        measured_s = self._network.round_trip_s(peer_id) or self._measured_s.get(peer_id)
+        return self._config.costs.unknown_round_trip_s if measured_s is None else measured_s
+
     async def route(self, request: RouteRequest) -> Route:
         """The best route now. Where blocks are missing, asks the swarm once more, then raises `MissingBlocksError`."""
+        return await self._planned(lambda now_s: self._planner.plan(request, now_s))
+
+    async def repair(self, request: RepairRequest) -> Route:
+        """The best hops for lost blocks and those after them. Raises as `route` does."""
+        return await self._planned(lambda now_s: self._planner.repair(request, now_s))
+
+    async def _planned(self, plan: Callable[[float], Route]) -> Route:
         try:
-            route = self._plan(request)
+            route = self._plan_now(plan)
         except MissingBlocksError:
             await self._view.refresh()
             try:
-                route = self._plan(request)
+                route = self._plan_now(plan)
             except MissingBlocksError as error:
                 asked = short_peers(sorted(self._network.connected_peers)) or "nobody: no peer is connected"
                 raise MissingBlocksError(f"{error}; asked: {asked}", error.missing) from error
@@ -95,38 +122,69 @@ class ModelServers:
             self._network.add_addresses(hop.peer_id, self._view.servers[hop.peer_id].addresses)
         return route
 
-    def _plan(self, request: RouteRequest) -> Route:
+    def _plan_now(self, plan: Callable[[float], Route]) -> Route:
         self._planner.update(self._view.servers.values(), self.round_trips_s())
-        return self._planner.plan(request, trio.current_time())
+        return plan(trio.current_time())
 
-    def report_failure(self, error: RemoteError | NetworkError) -> None:
-        """Keeps the server that the error names out of new routes for a while; one that is only busy is spared."""
-        if error.peer_id is not None and not isinstance(error, ServerBusy):
-            self._planner.ban(error.peer_id, trio.current_time() + self._config.ban_s)
+    def report_failure(self, error: HopFailure) -> None:
+        """Keeps the server that the error names out of new routes for a while, if it is to blame."""
+        reason = ban_reason(error)
+        if error.peer_id is not None and reason is not None:
+            self._planner.ban(error.peer_id, trio.current_time(), reason)
 
-    def without_failed(self, request: RouteRequest, error: RemoteError | NetworkError) -> RouteRequest:
-        """The request for another route after the error's server failed it or had no room."""
-        self.report_failure(error)
-        return request if error.peer_id is None else replace(request, avoided=request.avoided | {error.peer_id})
+    @property
+    def banned(self) -> Mapping[PeerId, Ban]:
+        """Servers that are left out of new routes now."""
+        return self._planner.banned(trio.current_time())
 
-    def dtype(self, peer_id: PeerId) -> torch.dtype:
-        """What the server computes in; float32 where that could not be sent, since servers convert what they get."""
-        return DTYPES.get(self._view.servers[peer_id].dtype, torch.float32)
+    def may_return(self, missing: Sequence[tuple[int, int]], max_length: int) -> bool:
+        """Whether all of the missing blocks are held by servers that could be used if they were ready."""
+        spans = [
+            server.span
+            for server in self._view.servers.values()
+            if server.state in (ServerState.JOINING, ServerState.ONLINE)
+            and self._filter.objection(server) is None
+            and (server.max_length == 0 or server.max_length >= max_length)
+        ]
+        return not any(uncovered(spans, Span(start, end)) for start, end in missing)
 
-    def dtypes(self, route: Route) -> Mapping[PeerId, torch.dtype]:
-        """What each server of the route computes in. To be asked for with the route: servers may vanish later."""
-        return {hop.peer_id: self.dtype(hop.peer_id) for hop in route.hops}
+    async def forgive_living(self, missing: Sequence[tuple[int, int]]) -> None:
+        """Ends the bans of servers of the missing blocks that could not be reached before and answer now."""
+        async with trio.open_nursery() as nursery:
+            for peer_id, ban in self.banned.items():
+                server = self._view.servers.get(peer_id)
+                if (
+                    server is not None
+                    and ban.reason is BanReason.UNREACHABLE
+                    and any(server.span.start < end and start < server.span.end for start, end in missing)
+                ):
+                    nursery.start_soon(self._forgive_if_alive, peer_id)
 
-    def chain_terms(self, route: Route, request: RouteRequest, session_id: SessionId) -> ChainTerms:
-        """What a chain over the route is opened with."""
-        return ChainTerms(
-            session_id,
-            self.facts.model_id,
-            request.max_length,
-            request.batch_size,
-            self._config.codec,
-            self.dtypes(route),
-        )
+    async def _forgive_if_alive(self, peer_id: PeerId) -> None:
+        self._network.add_addresses(peer_id, self._view.servers[peer_id].addresses)
+        if await self.is_alive(peer_id):
+            self._planner.forgive(peer_id)
+
+    async def is_alive(self, peer_id: PeerId) -> bool:
+        """Whether the server answers anything at all."""
+        try:
+            await self._rpc.info(peer_id, self._config.ping_timeout_s)
+        except SwarmingError:
+            return False
+        return True
+
+    def step_times(self, hop: Hop) -> StepTimes:
+        """How long the hop's server has needed for steps through these blocks, in any session."""
+        return self._step_times.setdefault(hop, StepTimes())
+
+    def can_push(self, sender: PeerId, receiver: PeerId) -> bool:
+        """Whether the one server can hand on to the other, as far as is known."""
+        until_s = self._relayed_until_s.get((sender, receiver))
+        return until_s is None or until_s <= trio.current_time()
+
+    def note_failed_push(self, sender: PeerId, receiver: PeerId) -> None:
+        """What the one server was to hand on did not come."""
+        self._relayed_until_s[sender, receiver] = trio.current_time() + RELAY_AFTER_FAILED_PUSH_S
 
     async def measure_round_trips(self) -> None:
         """Talks to servers not measured yet, all at once; those that do not answer in time stay unmeasured."""

@@ -23,13 +23,14 @@ from p2pswarm.client.dispatch import BlocksDispatch, Call
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.forward import ForwardPass
 from p2pswarm.client.membership import Membership, join_swarm
-from p2pswarm.client.model_servers import ModelFacts, ModelServers
+from p2pswarm.client.model_servers import ModelFacts, ModelServers, dtype_of
 from p2pswarm.core.errors import ModelNotFound
 from p2pswarm.core.ids import ModelId
 from p2pswarm.directory.directory import Directory
 from p2pswarm.directory.view import ModelView
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Network
+from p2pswarm.routing.bans import BanList
 from p2pswarm.routing.planner import ServerFilter
 from p2pswarm.routing.shortest_path import ShortestPathPlanner
 from p2pswarm.rpc.client import RpcClient
@@ -94,7 +95,7 @@ class Swarm:
         text_config = checkpoint.config.get_text_config(decoder=True)
         facts = ModelFacts(model_id, checkpoint.num_blocks, int(text_config.hidden_size))
         only = ServerFilter(config.allowed_servers, config.blocked_servers)
-        planner = ShortestPathPlanner(config.costs, only)
+        planner = ShortestPathPlanner(config.costs, only, BanList(config.ban_s))
         return ModelServers(facts, await self._watch(model_id), planner, self.network, self.rpc, config)
 
     async def _watch(self, model_id: ModelId) -> ModelView:
@@ -120,7 +121,7 @@ class Swarm:
 
 def _usual_dtype(servers: ModelServers) -> torch.dtype:
     """What most of the servers compute in."""
-    dtypes = Counter(servers.dtype(peer_id) for peer_id in servers.known)
+    dtypes = Counter(dtype_of(server) for server in servers.known.values())
     return dtypes.most_common(1)[0][0]
 
 

@@ -3,88 +3,156 @@
 Vertices are places where the hidden states of a token can be:
 
     AtClient(b)      with the client, blocks before `b` done; the start and the goal of every route are such vertices
-    AtServer(p, b)   with server `p`, blocks before `b` done
+    AtServer(b, p)   with server `p`, which has just run the block before `b`
 
-Edges, with their costs from `routing/costs.py`:
+Edges, with what they cost; each but the way out runs the blocks of `p` from one boundary `b` to the next, `c`:
 
-    AtClient(b) -> AtServer(p, b)      the way in, for every server that holds block b
-    AtServer(p, b) -> AtServer(p, c)   run the blocks up to the next boundary c
-    AtServer(p, b) -> AtClient(b)      the way out
+    AtClient(b) -> AtServer(c, p)      the way in from the client, for every server that holds block b
+    AtServer(b, p) -> AtServer(c, p)   further on the same server
+    AtServer(b, q) -> AtServer(c, p)   pushed from server q, where q announces its round trip to p
+    AtServer(b, p) -> AtClient(b)      the way out
 
-Only boundaries matter (where some span begins or ends, or the route does): leaving a server anywhere else is never
-faster. A server may be left before its span ends where another one's begins. Servers that hand on directly would be
-edges `AtServer(p, b) -> AtServer(q, b)`. The costs of finishing do not depend on where a route starts, which is what
-lets a planner with a fixed goal answer for every start.
+Only boundaries matter (where some span begins or ends, or the route does): changing servers anywhere else is never
+faster. A server may be left before its span ends where another one's begins. There is no way into a server without
+running a block, and so no cycle.
+
+Servers whose distance nobody measured push to each other as well; that is assumed to cost what the detour by the client
+costs, and so needs no edges of its own: the graph grows with the number of servers, not with its square.
+
+What it costs to finish does not depend on where a route starts, which is what lets a planner with a fixed goal answer
+for every start. Weights are `cost in us * TIES + 1 for each hop`: of equally fast routes the one with fewer hops is
+shorter.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple, Protocol
 
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.core.span import Span
-from p2pswarm.routing.costs import CostModel
+from p2pswarm.routing.route import Hop
+
+TIES = 1 << 17
+"""More than any route has hops: a model has at most 2^16 blocks."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class AtClient:
+class AtClient(NamedTuple):
     block_index: int
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class AtServer:
+class AtServer(NamedTuple):
+    block_index: int
     peer_id: PeerId
-    block_index: int
 
 
 Vertex = AtClient | AtServer
 
 
+class Edge(NamedTuple):
+    source: Vertex
+    target: Vertex
+    weight: int
+
+
+class Prices(Protocol):
+    """What the ways of a graph cost, in microseconds."""
+
+    def enter_us(self, server: ServerInfo) -> int:
+        """From the client to the server, without running a block."""
+        ...
+
+    def push_us(self, server: ServerInfo, following: ServerInfo) -> int:
+        """From one server to the next, whose distance it announces."""
+        ...
+
+    def leave_us(self, server: ServerInfo) -> int:
+        """From the server back to the client."""
+        ...
+
+    def block_us(self, server: ServerInfo) -> int:
+        """Running one block."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class SpanGraph:
-    """The graph over one set of usable servers, for routes that end at `goal`."""
+    """The graph over one set of usable servers, for routes that end at block `goal`."""
 
     servers: Mapping[PeerId, ServerInfo]
-    round_trips_s: Mapping[PeerId, float]
-    costs: CostModel
-    goal: AtClient
-    next_boundary: Mapping[int, int]
-    """Each boundary to the next one."""
-    cache_tokens_needed: int
+    boundaries: Sequence[int]
+    """Ascending, from the lowest block that a route may start at to the goal."""
+    prices: Prices
+    pushes: bool
 
-    def successors(self, vertex: Vertex) -> Iterator[tuple[Vertex, int]]:
-        """Where one edge leads from here, with its cost in microseconds."""
-        match vertex:
-            case AtClient(block_index):
-                if vertex != self.goal:
-                    yield from self._ways_in(block_index)
-            case AtServer(peer_id, block_index):
-                server = self.servers[peer_id]
-                yield AtClient(block_index), self.costs.half_round_trip_us(self.round_trips_s.get(peer_id))
-                following = self.next_boundary.get(block_index)
-                if following is not None and following <= server.span.end:
-                    yield AtServer(peer_id, following), (following - block_index) * self.costs.block_us(server)
+    def edges(self) -> Iterator[Edge]:
+        for server in self.servers.values():
+            yield from self.edges_of(server)
 
-    def _ways_in(self, block_index: int) -> Iterator[tuple[Vertex, int]]:
-        for peer_id, server in self.servers.items():
-            if server.span.covers(block_index):
-                round_trip_s = self.round_trips_s.get(peer_id)
-                yield (
-                    AtServer(peer_id, block_index),
-                    self.costs.enter_us(server, round_trip_s, self.cache_tokens_needed),
-                )
+    def edges_of(self, server: ServerInfo) -> Iterator[Edge]:
+        """The ways into, through and out of the server, and its pushes to others."""
+        enter_us, leave_us, block_us = (
+            self.prices.enter_us(server),
+            self.prices.leave_us(server),
+            self.prices.block_us(server),
+        )
+        reached = None
+        for start, end in self._stretches(server.span):
+            run_us = (end - start) * block_us
+            there = AtServer(end, server.peer_id)
+            yield Edge(AtClient(start), there, (enter_us + run_us) * TIES + 1)
+            if reached is not None:
+                yield Edge(reached, there, run_us * TIES)
+            yield Edge(there, AtClient(end), leave_us * TIES)
+            reached = there
+        if self.pushes:
+            yield from self.pushes_from(server, server.span)
+
+    def pushes_from(self, server: ServerInfo, span: Span) -> Iterator[Edge]:
+        """From the server, once it has run blocks of `span`, to those whose distance it announces."""
+        for peer_id in server.next_rtts_s:
+            following = self.servers.get(peer_id)
+            if following is None or peer_id == server.peer_id or not can_push(server, following):
+                continue
+            push_us, block_us = self.prices.push_us(server, following), self.prices.block_us(following)
+            for start, end in self._stretches(following.span):
+                if span.start < start <= span.end:
+                    weight = (push_us + (end - start) * block_us) * TIES + 1
+                    yield Edge(AtServer(start, server.peer_id), AtServer(end, peer_id), weight)
+
+    def _stretches(self, span: Span) -> Iterator[tuple[int, int]]:
+        """The span from boundary to boundary, as far as routes go."""
+        first, last = bisect_left(self.boundaries, span.start), bisect_right(self.boundaries, span.end)
+        return pairwise(self.boundaries[first:last])
 
 
-def build_graph(
-    servers: Mapping[PeerId, ServerInfo],
-    round_trips_s: Mapping[PeerId, float],
-    costs: CostModel,
-    span: Span,
-    cache_tokens_needed: int,
-) -> SpanGraph:
-    """The graph for routes through `span`."""
-    edges_of_spans = {edge for server in servers.values() for edge in (server.span.start, server.span.end)}
-    boundaries = sorted({edge for edge in edges_of_spans if span.start < edge < span.end} | {span.start, span.end})
-    next_boundary = dict(itertools.pairwise(boundaries))
-    return SpanGraph(servers, round_trips_s, costs, AtClient(span.end), next_boundary, cache_tokens_needed)
+def can_push(server: ServerInfo, following: ServerInfo) -> bool:
+    """Whether the one's output is the other's input as it is."""
+    return server.dtype == following.dtype
+
+
+def boundaries_within(servers: Iterable[ServerInfo], span: Span) -> list[int]:
+    """Where routes through `span` may change servers, with its two ends."""
+    edges = {edge for server in servers for edge in (server.span.start, server.span.end)}
+    return sorted({edge for edge in edges if span.start < edge < span.end} | {span.start, span.end})
+
+
+class Place(Protocol):
+    """A vertex of this graph, or of one that has more kinds of them."""
+
+    @property
+    def block_index(self) -> int: ...
+
+
+def hops_along(path: Sequence[Place]) -> tuple[Hop, ...]:
+    """The servers that a path enters at an `AtServer`."""
+    hops: list[Hop] = []
+    for before, after in pairwise(path):
+        if isinstance(after, AtServer):
+            start = before.block_index
+            if isinstance(before, AtServer) and before.peer_id == after.peer_id:
+                start = hops.pop().span.start
+            hops.append(Hop(after.peer_id, Span(start, after.block_index)))
+    return tuple(hops)

@@ -1,18 +1,29 @@
-"""What a client asks of a planner, and what every planner shares: who may be used, and the error for missing blocks.
+"""What a client asks of a planner: routes through all blocks, repairs after a failure, bans.
 
 A planner knows nothing of networks or clocks: announcements, round trips and the current time are handed in.
-`routing/shortest_path.py` is the plain one.
+`routing/dstar_planner.py` is the one that clients use, `routing/shortest_path.py` the plain one.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
-from p2pswarm.core.errors import MissingBlocksError
+from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
-from p2pswarm.core.server_info import ServerInfo, ServerState
-from p2pswarm.core.span import Span, uncovered
-from p2pswarm.routing.route import Route, short_peer
+from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.core.span import Span
+from p2pswarm.routing.bans import Ban, BanReason
+from p2pswarm.routing.route import Hop, Route
+
+
+class RouteMode(Enum):
+    """What a route is to be good at."""
+
+    MIN_LATENCY = "min_latency"
+    """The fastest decode step: for generation."""
+    MAX_THROUGHPUT = "max_throughput"
+    """Another route each time, by the servers' capacity: for training and parallel forward passes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,25 +37,73 @@ class RouteRequest:
     batch_size: int = 1
     avoided: frozenset[PeerId] = frozenset()
     """Servers that turned this very request down, or failed it."""
+    mode: RouteMode = RouteMode.MIN_LATENCY
+    pushes: bool = True
+    """Whether servers may hand on to each other, not through the client only."""
 
     @property
     def cache_tokens(self) -> int:
         return self.max_length * self.batch_size
 
 
+@dataclass(frozen=True, slots=True)
+class RepairRequest:
+    """What is wanted after servers in the middle of a route were lost."""
+
+    request: RouteRequest
+    """Its span is the lost blocks."""
+    kept: tuple[Hop, ...]
+    """The hops after the lost blocks, whose sessions are open and hold the history."""
+    position: int
+    """Tokens of history that a new server has to be sent and to run."""
+    remaining_tokens: int
+    """Decode steps that the session is expected to make yet: what a faster route is worth."""
+
+    def __post_init__(self) -> None:
+        reached = self.request.span.end
+        for hop in self.kept:
+            if hop.span.start != reached:
+                raise ConfigError(f"the kept hops go on at block {reached} without a gap, got {hop}")
+            reached = hop.span.end
+
+    @property
+    def span(self) -> Span:
+        """All the blocks that may be routed anew."""
+        return Span(self.request.span.start, self.kept[-1].span.end if self.kept else self.request.span.end)
+
+
 class Planner(Protocol):
-    """Plans routes over the servers it was last told of."""
+    """Plans routes over the servers it was last told of. All `now_s` are on one clock, the caller's."""
 
     def update(self, servers: Iterable[ServerInfo], round_trips_s: Mapping[PeerId, float]) -> None:
-        """Replaces what is known: all servers announced for the model, and the round trips measured from here."""
+        """Replaces what is known: all servers announced for the model, and the round trips measured from here.
+
+        Figures that moved only a little count as they were, so that noise does not change routes.
+        """
         ...
 
-    def ban(self, peer_id: PeerId, until_s: float) -> None:
-        """Keeps a server out of routes planned before `until_s` (on the clock of `plan`'s `now_s`)."""
+    def ban(self, peer_id: PeerId, now_s: float, reason: BanReason) -> None:
+        """Keeps a server out of new routes for a while, longer each time."""
+        ...
+
+    def forgive(self, peer_id: PeerId) -> None:
+        """Ends a server's ban, and forgets that there was one."""
+        ...
+
+    def banned(self, now_s: float) -> Mapping[PeerId, Ban]:
+        """Who is banned now."""
         ...
 
     def plan(self, request: RouteRequest, now_s: float) -> Route:
         """The best route. Raises `MissingBlocksError`, which names the ranges that no usable server holds."""
+        ...
+
+    def repair(self, request: RepairRequest, now_s: float) -> Route:
+        """The best hops from the first lost block to the end of the kept hops; kept hops that stay are unchanged.
+
+        Replacing the lost blocks alone is compared with routing the rest anew; servers that are not in the session yet
+        are charged what it takes to bring them up to its position. Raises `MissingBlocksError` as `plan` does.
+        """
         ...
 
 
@@ -61,40 +120,3 @@ class ServerFilter:
         if self.allowed is not None and server.peer_id not in self.allowed:
             return "not among the allowed servers"
         return "blocked" if server.peer_id in self.blocked else None
-
-
-def objection(
-    server: ServerInfo,
-    request: RouteRequest,
-    servers: ServerFilter,
-    banned_until_s: Mapping[PeerId, float],
-    now_s: float,
-) -> str | None:
-    """Why the server cannot be in the route; None when it can."""
-    if server.state is not ServerState.ONLINE:
-        return str(server.state.value)
-    if banned_until_s.get(server.peer_id, now_s) > now_s:
-        return f"banned for {banned_until_s[server.peer_id] - now_s:.0f} s more after a failure"
-    if server.peer_id in request.avoided:
-        return "failed it or has no room now"
-    if 0 < server.max_length < request.max_length:
-        return f"takes at most {server.max_length} tokens, {request.max_length} are wanted"
-    return servers.objection(server)
-
-
-def missing_blocks(
-    request: RouteRequest, usable: Iterable[ServerInfo], objections: Mapping[PeerId, tuple[ServerInfo, str]]
-) -> MissingBlocksError | None:
-    """The error that names each block range without a usable server, and who was turned down; None if there is none."""
-    gaps = uncovered([server.span for server in usable], request.span)
-    if not gaps:
-        return None
-    message = f"no server for blocks {', '.join(map(str, gaps))} of {request.span}"
-    relevant = [
-        f"{short_peer(peer_id)} {server.span} ({why})"
-        for peer_id, (server, why) in sorted(objections.items())
-        if any(server.span.start < gap.end and gap.start < server.span.end for gap in gaps)
-    ]
-    if relevant:
-        message += f"; not usable: {', '.join(relevant)}"
-    return MissingBlocksError(message, [(gap.start, gap.end) for gap in gaps])

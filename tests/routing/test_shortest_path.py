@@ -1,44 +1,23 @@
 """Routes are the cheapest there are, never use what may not be used, and say what is missing."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from routing_worlds import NUM_BLOCKS, decode_us, every_route, names, near, server, spans, worlds
 
 from p2pswarm.core.errors import MissingBlocksError
-from p2pswarm.core.ids import ModelId, PeerId
+from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
-from p2pswarm.routing.costs import CostModel
+from p2pswarm.routing.bans import BanReason
 from p2pswarm.routing.planner import RouteRequest, ServerFilter
 from p2pswarm.routing.route import Hop, Route
 from p2pswarm.routing.shortest_path import ShortestPathPlanner
 
-NUM_BLOCKS = 6
 WHOLE = RouteRequest(Span(0, NUM_BLOCKS))
-
-
-def server(
-    name: str, start: int, end: int, rate: float = 100.0, room: int = 1 << 20, max_length: int = 0
-) -> ServerInfo:
-    return ServerInfo(
-        peer_id=PeerId(name),
-        model_id=ModelId("m@0"),
-        span=Span(start, end),
-        state=ServerState.ONLINE,
-        addresses=(),
-        num_model_blocks=NUM_BLOCKS,
-        throughput_tokens_per_s=rate,
-        inference_tokens_per_s=rate,
-        forward_tokens_per_s=rate,
-        network_tokens_per_s=rate,
-        dtype="float32",
-        cache_tokens_left=room,
-        max_length=max_length,
-    )
 
 
 def planned(
@@ -52,51 +31,15 @@ def planned(
     return planner.plan(request, now_s=0.0)
 
 
-def names(route: Route) -> list[tuple[str, str]]:
-    return [(hop.peer_id, str(hop.span)) for hop in route.hops]
-
-
-def every_route(servers: Sequence[ServerInfo], start: int, end: int) -> Iterator[tuple[Hop, ...]]:
-    if start == end:
-        yield ()
-        return
-    for one in servers:
-        for leave in range(start + 1, min(one.span.end, end) + 1):
-            if one.span.covers(start):
-                for rest in every_route(servers, leave, end):
-                    yield (Hop(one.peer_id, Span(start, leave)), *rest)
-
-
-def cost_us(
-    hops: Sequence[Hop], servers: Mapping[PeerId, ServerInfo], round_trips_s: Mapping[PeerId, float], cache_tokens: int
-) -> int:
-    costs = CostModel()
-    total = 0
-    for hop in hops:
-        info, round_trip_s = servers[hop.peer_id], round_trips_s.get(hop.peer_id)
-        total += costs.enter_us(info, round_trip_s, cache_tokens) + costs.half_round_trip_us(round_trip_s)
-        total += hop.span.num_blocks * costs.block_us(info)
-    return total
-
-
-spans = st.tuples(st.integers(0, NUM_BLOCKS - 1), st.integers(1, NUM_BLOCKS)).filter(lambda ends: ends[0] < ends[1])
-round_trips = st.sampled_from([0.0, 0.001, 0.02, 0.02, 0.3, 9.0, math.inf, None])
-servers_and_round_trips = st.lists(
-    st.tuples(spans, st.sampled_from([0.0, 10.0, 50.0, 50.0, 900.0]), st.sampled_from([0, 100]), round_trips),
-    min_size=1,
-    max_size=6,
-)
-
-
-@given(servers_and_round_trips, spans, st.sampled_from([0, 50]))
+@settings(deadline=None)
+@given(worlds(), spans, st.sampled_from([0, 50]), st.booleans())
 def test_route_costs_what_the_best_of_all_routes_costs(
-    facts: list[tuple[tuple[int, int], float, int, float | None]], wanted: tuple[int, int], max_length: int
+    world: tuple[list[ServerInfo], dict[PeerId, float]], wanted: tuple[int, int], max_length: int, pushes: bool
 ) -> None:
-    servers = [server(f"peer{i}", *span, rate=rate, room=room) for i, (span, rate, room, _) in enumerate(facts)]
-    rtts = {PeerId(f"peer{i}"): rtt for i, (_, _, _, rtt) in enumerate(facts) if rtt is not None}
-    request = RouteRequest(Span(*wanted), max_length=max_length, batch_size=2)
+    servers, rtts = world
+    request = RouteRequest(Span(*wanted), max_length=max_length, batch_size=2, pushes=pushes)
     by_id = {one.peer_id: one for one in servers}
-    possible = [cost_us(hops, by_id, rtts, request.cache_tokens) for hops in every_route(servers, *wanted)]
+    possible = [decode_us(hops, by_id, rtts, request.cache_tokens, pushes) for hops in every_route(servers, *wanted)]
     if not possible:
         with pytest.raises(MissingBlocksError):
             planned(servers, rtts, request)
@@ -104,7 +47,7 @@ def test_route_costs_what_the_best_of_all_routes_costs(
     route = planned(servers, rtts, request)
     assert route.span == request.span
     assert all(by_id[hop.peer_id].span.contains(hop.span) for hop in route.hops)
-    assert route.cost_us == cost_us(route.hops, by_id, rtts, request.cache_tokens) == min(possible)
+    assert route.cost_us == decode_us(route.hops, by_id, rtts, request.cache_tokens, pushes) == min(possible)
 
 
 @given(st.permutations(range(5)))
@@ -122,6 +65,31 @@ def test_near_slow_server_is_left_early_for_a_faster_one() -> None:
 def test_one_server_beats_two_that_are_each_as_fast() -> None:
     servers = [server("a", 0, 3), server("b", 3, 6), server("whole", 0, 6)]
     assert names(planned(servers)) == [("whole", "0:6")]
+
+
+def test_near_neighbours_are_worth_a_push_and_only_where_the_request_allows_it() -> None:
+    first, far = server("first", 0, 3, next_rtts_s={"beside": 0.002}), 0.1
+    servers = [first, server("beside", 3, 6, rate=99), server("other", 3, 6)]
+    rtts = near("first", "beside", "other", rtt_s=far)
+    assert names(planned(servers, rtts)) == [("first", "0:3"), ("beside", "3:6")]
+    assert names(planned(servers, rtts, replace(WHOLE, pushes=False))) == [("first", "0:3"), ("other", "3:6")]
+
+
+def test_output_in_another_dtype_is_not_pushed() -> None:
+    first = server("first", 0, 3, next_rtts_s={"beside": 0.002})
+    servers = [first, server("beside", 3, 6, rate=99, dtype="bfloat16"), server("other", 3, 6)]
+    assert names(planned(servers)) == [("first", "0:3"), ("other", "3:6")]
+
+
+def test_no_server_is_only_passed_through_however_near_it_is_to_both() -> None:
+    hub = server("hub", 0, 6, rate=1, next_rtts_s={"last": 0.0})
+    servers = [server("first", 0, 3, next_rtts_s={"hub": 0.0}), server("last", 3, 6), hub]
+    assert names(planned(servers, near("first", "last", "hub", rtt_s=0.3))) == [("first", "0:3"), ("last", "3:6")]
+
+
+def test_busy_server_and_one_behind_a_relay_are_gone_round() -> None:
+    assert names(planned([server("a", 0, 6, queue_delay_s=0.02), server("b", 0, 6)])) == [("b", "0:6")]
+    assert names(planned([server("a", 0, 6, using_relay=True), server("b", 0, 6)])) == [("b", "0:6")]
 
 
 def test_measured_near_server_beats_an_unmeasured_one() -> None:
@@ -161,9 +129,18 @@ def test_only_online_servers_are_used(state: ServerState) -> None:
 def test_banned_server_comes_back_when_the_ban_ends() -> None:
     planner = ShortestPathPlanner()
     planner.update([server("a", 0, 6), server("b", 0, 6)], {})
-    planner.ban(PeerId("a"), until_s=10.0)
-    assert names(planner.plan(WHOLE, now_s=9.9)) == [("b", "0:6")]
-    assert names(planner.plan(WHOLE, now_s=10.0)) == [("a", "0:6")]
+    planner.ban(PeerId("a"), 1.0, BanReason.UNREACHABLE)
+    assert planner.banned(15.9).keys() == {"a"}
+    assert names(planner.plan(WHOLE, now_s=15.9)) == [("b", "0:6")]
+    assert names(planner.plan(WHOLE, now_s=16.0)) == [("a", "0:6")]
+
+
+def test_forgiven_server_is_used_at_once() -> None:
+    planner = ShortestPathPlanner()
+    planner.update([server("a", 0, 6), server("b", 0, 6)], {})
+    planner.ban(PeerId("a"), 0.0, BanReason.MISBEHAVED)
+    planner.forgive(PeerId("a"))
+    assert names(planner.plan(WHOLE, now_s=0.0)) == [("a", "0:6")]
 
 
 def test_server_without_room_is_avoided_for_this_request_only() -> None:
@@ -171,14 +148,6 @@ def test_server_without_room_is_avoided_for_this_request_only() -> None:
     planner.update([server("a", 0, 6), server("b", 0, 6)], {})
     assert names(planner.plan(replace(WHOLE, avoided=frozenset({PeerId("a")})), now_s=0.0)) == [("b", "0:6")]
     assert names(planner.plan(WHOLE, now_s=0.0)) == [("a", "0:6")]
-
-
-def test_shorter_ban_does_not_lift_a_longer_one() -> None:
-    planner = ShortestPathPlanner()
-    planner.update([server("a", 0, 6), server("b", 0, 6)], {})
-    planner.ban(PeerId("a"), until_s=10.0)
-    planner.ban(PeerId("a"), until_s=5.0)
-    assert names(planner.plan(WHOLE, now_s=7.0)) == [("b", "0:6")]
 
 
 def test_allowed_and_blocked_servers_are_named_by_peer_id_which_nobody_can_borrow() -> None:

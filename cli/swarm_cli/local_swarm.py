@@ -1,7 +1,7 @@
 """A swarm of server processes on this machine, for the demo and the benchmark; stopped with whoever started it.
 
 Each process tells its life as JSON lines on stdout (`swarmd start --json`); the last lines of its stderr are kept for
-the error message, should it fail.
+the error message, should it fail. Its stdin is a pipe of which we hold the other end: when we are killed, it ends too.
 """
 
 import itertools
@@ -55,7 +55,7 @@ class ServerProcess:
     async def run(self, on_event: OnEvent, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Runs the process until cancelled, reports when it is ready. Raises `ServerFailed` when it ends by itself."""
         process = await trio.lowlevel.open_process(
-            self.command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         assert process.stdout is not None
         assert process.stderr is not None
@@ -164,7 +164,7 @@ def _command(plan: LocalSwarmPlan, span: Span, folder: Path) -> list[str]:
         "--name": f"local-{span.start}-{span.end}",
     }
     flags = [word for name, value in options.items() for word in (name, value)]
-    return [sys.executable, "-m", "swarmd", "start", plan.model, "--json", *flags]
+    return [sys.executable, "-m", "swarmd", "start", plan.model, "--json", "--stop-with-stdin", *flags]
 
 
 def _first(error: BaseException) -> BaseException:

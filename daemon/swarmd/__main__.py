@@ -98,10 +98,16 @@ def _add_node_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="IP address to listen on (default: all, IPv4 and IPv6)")
     parser.add_argument("--port", help="TCP port to listen on (default: any free one)")
     parser.add_argument(
+        "--announce", metavar="MULTIADDR", nargs="+", help="addresses for others to dial (default: those listened on)"
+    )
+    parser.add_argument(
         "--identity", metavar="FILE", help="key of this node (default: one that no other node is using)"
     )
     parser.add_argument("--config", metavar="FILE.toml", type=Path, help="settings; flags win over them")
     parser.add_argument("--json", action="store_true", help="events as JSON lines on stdout")
+    parser.add_argument(
+        "--stop-with-stdin", action="store_true", help="stop when stdin ends: with the program that started it"
+    )
     parser.add_argument("--log-level", help="debug, info, warning (default) or error; the log goes to stderr")
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.span import Span
-from p2pswarm.net.addresses import split_peer_address
+from p2pswarm.net.addresses import parse_tcp_address, split_peer_address
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -32,15 +32,22 @@ class NodeConfig:
     """IP address to listen on; None: every interface, IPv4 and IPv6."""
     port: int = 0
     """TCP port to listen on; 0: any free one."""
+    announce: tuple[str, ...] = ()
+    """Multiaddrs, without a peer id, that others are told to dial; empty: those it listens on."""
     identity: Path | None = None
     """File of the node's key; None: the first one in the user's data folder that no other node is using."""
     json: bool = False
     """Whether lifecycle events go to stdout as JSON, one a line."""
+    stop_with_stdin: bool = False
+    """Whether the end of stdin means stop, for programs that start servers."""
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
         for address in self.peers:
             split_peer_address(address)
+        for address in self.announce:
+            is_dialable = parse_tcp_address(address).is_dialable
+            _check(is_dialable, "announce", "addresses that others can dial (no wildcard, no port 0)", address)
         _check(0 <= self.port <= MAX_PORT, "port", f"a TCP port from 0 (any free one) to {MAX_PORT}", self.port)
         _check(self.log_level in LOG_LEVELS, "log_level", f"one of {', '.join(LOG_LEVELS)}", self.log_level)
 
@@ -179,8 +186,10 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "peers": _texts,
     "host": _text,
     "port": _whole_number,
+    "announce": _texts,
     "identity": _path,
     "json": _truth,
+    "stop_with_stdin": _truth,
     "log_level": _text,
     "model": _text,
     "blocks": _span,

@@ -23,7 +23,7 @@ from swarmd.events import Events, JsonEvents, PlainEvents
 from swarmd.identity_file import held_identity
 from swarmd.listen import listen_addresses
 from swarmd.serve import serve
-from swarmd.signals import stop_on_signals
+from swarmd.stopping import stop_when_told
 
 EXIT_FINE = 0
 EXIT_FAILED = 1
@@ -54,6 +54,7 @@ async def _bootstrap(config: NodeConfig, identity_path: Path, events: Events, st
     await run_bootstrap(
         identity_path=identity_path,
         listen=listen_addresses(config.host, config.port),
+        announce=config.announce,
         peers=config.peers,
         events=events,
         stop=stop,
@@ -86,7 +87,7 @@ def _run_node(read: Callable[[], Config], kind: str, node: Node[Config]) -> int:
 
 
 async def _until_told(node: Node[Config], config: Config, identity_path: Path, events: Events) -> None:
-    async with stop_on_signals() as stop:
+    async with stop_when_told(with_stdin=config.stop_with_stdin) as stop:
         await node(config, identity_path, events, stop)
 
 

@@ -43,7 +43,7 @@ from swarmd.memory import CacheBudget
 from swarmd.pings import PERIOD_S, Pings
 from swarmd.presence import Presence
 from swarmd.self_description import answer_info, joining_info, online_info, ready_fields
-from swarmd.signals import unless
+from swarmd.stopping import unless
 
 if TYPE_CHECKING:
     from swarmd.engine import LoadedSpan, OpenedModel
@@ -67,7 +67,7 @@ async def serve(
     identity = Identity.load_or_create(identity_path)
     listen = listen_addresses(config.host, config.port)
     async with (
-        open_network(identity, listen=listen) as network,
+        open_network(identity, listen=listen, announce=config.announce) as network,
         open_device_thread() as device,
         open_transparent_nursery() as nursery,
     ):

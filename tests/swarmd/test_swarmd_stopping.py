@@ -1,21 +1,45 @@
 """What is under way when a node is told to stop."""
 
+import os
 import signal
 
+import pytest
 import trio
 from trio.testing import MockClock
 
 from swarmd.launch import leaves
-from swarmd.signals import stop_on_signals, unless
+from swarmd.stopping import stop_when_told, unless
 
 
 async def test_the_first_signal_asks_and_the_second_insists() -> None:
-    async with stop_on_signals() as stop:
+    async with stop_when_told() as stop:
         assert not stop.is_set()
         signal.raise_signal(signal.SIGTERM)
         await stop.wait()
         signal.raise_signal(signal.SIGINT)
         await trio.sleep_forever()
+
+
+async def test_the_end_of_stdin_asks_too_where_that_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_end, write_end = os.pipe()
+    monkeypatch.setattr("swarmd.stopping.STDIN", read_end)
+    async with stop_when_told(with_stdin=True) as stop:
+        os.write(write_end, b"nobody reads this\n")
+        with trio.move_on_after(0.01):
+            await stop.wait()
+        assert not stop.is_set()
+        os.close(write_end)
+        await stop.wait()
+    os.close(read_end)
+
+
+async def test_a_node_may_end_before_its_stdin_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    read_end, write_end = os.pipe()
+    monkeypatch.setattr("swarmd.stopping.STDIN", read_end)
+    async with stop_when_told(with_stdin=True) as stop:
+        signal.raise_signal(signal.SIGTERM)
+        await stop.wait()
+    os.close(write_end)
 
 
 async def test_a_start_is_given_up_when_told_to_stop(autojump_clock: MockClock) -> None:

@@ -1,8 +1,14 @@
-"""Being told to stop. SIGINT and SIGTERM: the first asks a node to stop in order, the second makes it stop at once."""
+"""Being told to stop.
 
+SIGINT and SIGTERM: the first asks a node to stop in order, the second makes it stop at once. The end of stdin, where
+asked for, is like a first signal: a program that starts a server and holds the other end of a pipe takes it along when
+it ends, however it ends.
+"""
+
+import os
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TypeVar
 
 import trio
@@ -11,10 +17,12 @@ from p2pswarm.core.nursery import open_transparent_nursery
 
 Result = TypeVar("Result")
 
+STDIN = 0
+
 
 @asynccontextmanager
-async def stop_on_signals() -> AsyncIterator[trio.Event]:
-    """An event that the first signal sets; the second one cancels the body of the context."""
+async def stop_when_told(*, with_stdin: bool = False) -> AsyncIterator[trio.Event]:
+    """An event that the first signal sets, or the end of stdin; another signal cancels the body of the context."""
     stop = trio.Event()
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async with trio.open_nursery() as nursery:
@@ -25,7 +33,13 @@ async def stop_on_signals() -> AsyncIterator[trio.Event]:
                         nursery.cancel_scope.cancel()
                     stop.set()
 
+            async def wait_for_end_of_stdin() -> None:
+                await trio.to_thread.run_sync(_read_to_the_end, STDIN, abandon_on_cancel=True)
+                stop.set()
+
             nursery.start_soon(listen)
+            if with_stdin:
+                nursery.start_soon(wait_for_end_of_stdin)
             yield stop
             nursery.cancel_scope.cancel()
 
@@ -43,3 +57,10 @@ async def unless(stop: trio.Event, function: Callable[[], Awaitable[Result]]) ->
         nursery.cancel_scope.cancel()
         return result
     return None
+
+
+def _read_to_the_end(descriptor: int) -> None:
+    """On a thread of its own, since only there can every kind of stdin be waited for, on every system."""
+    with suppress(OSError):  # closed, or its terminal is gone
+        while os.read(descriptor, 4096):
+            pass

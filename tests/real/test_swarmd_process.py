@@ -18,7 +18,7 @@ import torch
 import trio
 
 from p2pswarm.core.clock import SystemClock
-from p2pswarm.core.errors import ConnectionLost, ServerBusy
+from p2pswarm.core.errors import ServerBusy, SessionLost
 from p2pswarm.core.ids import ModelId, SessionId
 from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
@@ -188,7 +188,7 @@ def test_a_server_that_is_asked_to_stop_lets_a_session_go_on_and_takes_no_new_on
                         token = encode_tensor(torch.randn(1, 1, 64))
                         reply = await session.step(Step(position, position, token), 10.0)
                     await trio.sleep(3)  # at rest, it is handed back
-                    with pytest.raises(ConnectionLost):
+                    with pytest.raises(SessionLost):
                         await session.step(Step(5, 5, token), 10.0)
                     return reply.position
 

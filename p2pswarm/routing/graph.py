@@ -20,8 +20,8 @@ Servers whose distance nobody measured push to each other as well; that is assum
 costs, and so needs no edges of its own: the graph grows with the number of servers, not with its square.
 
 What it costs to finish does not depend on where a route starts, which is what lets a planner with a fixed goal answer
-for every start. Weights are `cost in us * TIES + 1 for each hop`: of equally fast routes the one with fewer hops is
-shorter.
+for every start. Weights are `cost in us * TIES`, and 1 for each way into or out of a server: of equally fast routes the
+one with fewer hops is shorter, and no way is free.
 """
 
 from bisect import bisect_left, bisect_right
@@ -35,8 +35,8 @@ from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.core.span import Span
 from p2pswarm.routing.route import Hop
 
-TIES = 1 << 17
-"""More than any route has hops: a model has at most 2^16 blocks."""
+TIES = 1 << 18
+"""More than any route has ways in and out: a model has at most 2^16 blocks."""
 
 
 class AtClient(NamedTuple):
@@ -105,7 +105,7 @@ class SpanGraph:
             yield Edge(AtClient(start), there, (enter_us + run_us) * TIES + 1)
             if reached is not None:
                 yield Edge(reached, there, run_us * TIES)
-            yield Edge(there, AtClient(end), leave_us * TIES)
+            yield Edge(there, AtClient(end), leave_us * TIES + 1)
             reached = there
         if self.pushes:
             yield from self.pushes_from(server, server.span)

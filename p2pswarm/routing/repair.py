@@ -105,9 +105,9 @@ class Repair:
         here = AtKept(hop.span.end, hop.peer_id)
         server = self._servers.get(hop.peer_id)
         if server is None:
-            yield here, AtClient(hop.span.end), 0
+            yield here, AtClient(hop.span.end), 1
             return
-        yield here, AtClient(hop.span.end), self._weight(self._kept_prices.leave_us(server)) - 1
+        yield here, AtClient(hop.span.end), self._weight(self._kept_prices.leave_us(server))
         if self._request.request.pushes:
             for edge in self._graph.pushes_from(server, hop.span):
                 if edge.source.block_index == hop.span.end:
@@ -125,5 +125,5 @@ class Repair:
                 yield self._servers[hop.peer_id], AtKept(block_index, hop.peer_id)
 
     def _weight(self, decode_us: int) -> int:
-        """Of a hop into a kept session: decoding alone, for all tokens to come."""
+        """Of a way into or out of a kept session: decoding alone, for all tokens to come."""
         return decode_us * self._remaining_tokens * TIES + 1

@@ -21,7 +21,7 @@ V = TypeVar("V", bound=Ordered)
 
 
 class Graph(Generic[V]):
-    """A graph made of all its edges at once; of parallel edges the cheapest counts."""
+    """A graph made of all its edges at once; they cost more than 0, and of parallel ones the cheapest counts."""
 
     def __init__(self, edges: Iterable[tuple[V, V, int]]) -> None:
         self.successors: dict[V, dict[V, int]] = {}

@@ -18,7 +18,13 @@ from swarmd.identity_file import known_peers_path
 
 
 async def run_bootstrap(
-    *, identity_path: Path, listen: Sequence[str], peers: Sequence[str], events: Events, stop: trio.Event
+    *,
+    identity_path: Path,
+    listen: Sequence[str],
+    announce: Sequence[str],
+    peers: Sequence[str],
+    events: Events,
+    stop: trio.Event,
 ) -> None:
     """Serves the DHT until `stop` is set. Raises `ConfigError` when it cannot listen, or for a malformed peer address.
 
@@ -26,7 +32,10 @@ async def run_bootstrap(
     """
     events("starting", version=version("p2pswarm"))
     identity = Identity.load_or_create(identity_path)
-    async with open_network(identity, listen=listen) as network, open_transparent_nursery() as nursery:
+    async with (
+        open_network(identity, listen=listen, announce=announce) as network,
+        open_transparent_nursery() as nursery,
+    ):
         dht = DhtNode(network, SystemClock(), SystemRandom(), known_peers_path=known_peers_path(identity_path))
         await nursery.start(dht.run)
         events("ready", peer_id=network.peer_id, addresses=list(network.addresses))

@@ -50,11 +50,19 @@ logger = logging.getLogger(__name__)
 
 @contextlib.asynccontextmanager
 async def open_network(
-    identity: Identity, *, listen: Sequence[str] = (), config: NetworkConfig = DEFAULT_CONFIG
+    identity: Identity,
+    *,
+    listen: Sequence[str] = (),
+    announce: Sequence[str] = (),
+    config: NetworkConfig = DEFAULT_CONFIG,
 ) -> AsyncIterator[Network]:
-    """A running node that listens on the given multiaddrs (none: it only dials). Raises `ConfigError`: taken port."""
+    """A running node that listens on the given multiaddrs (none: it only dials). Raises `ConfigError`: taken port.
+
+    `announce`: what others are told to dial, where that is not what it listens on (a forwarded port).
+    """
+    announced = [parse_tcp_address(address) for address in announce]
     async with open_transparent_nursery() as nursery:
-        host = Host(identity, config, nursery)
+        host = Host(identity, config, nursery, announced)
         try:
             await host.listen([parse_tcp_address(address) for address in listen])
             yield host
@@ -67,7 +75,9 @@ async def open_network(
 class Host:
     """A `net.network.Network`; made by `open_network`."""
 
-    def __init__(self, identity: Identity, config: NetworkConfig, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, identity: Identity, config: NetworkConfig, nursery: trio.Nursery, announced: Sequence[TcpAddress] = ()
+    ) -> None:
         self._identity = identity
         self._config = config
         self._nursery = nursery
@@ -76,6 +86,7 @@ class Host:
         self._dials: SharedCalls[PeerId, Connection] = SharedCalls(nursery)
         self._handlers: dict[ProtocolId, StreamHandler] = {}
         self._connections: dict[PeerId, list[Connection]] = {}
+        self._announced = tuple(announced)
         self._listening: list[TcpAddress] = []
         self._interfaces: list[str] = []
         self._interfaces_expire_s = 0.0
@@ -89,11 +100,14 @@ class Host:
 
     @property
     def addresses(self) -> tuple[str, ...]:
+        reachable = self._announced or self._addresses_listened_on()
+        return tuple(join_peer_address(str(address), self.peer_id) for address in reachable)
+
+    def _addresses_listened_on(self) -> Sequence[TcpAddress]:
         if trio.current_time() >= self._interfaces_expire_s:
             self._interfaces = _interface_hosts()
             self._interfaces_expire_s = trio.current_time() + INTERFACES_LIFETIME_S
-        reachable = expand_wildcards(self._listening, self._interfaces)
-        return tuple(join_peer_address(str(address), self.peer_id) for address in reachable)
+        return expand_wildcards(self._listening, self._interfaces)
 
     def sign(self, data: bytes) -> bytes:
         return self._identity.sign(data)

@@ -39,7 +39,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_an_unknown_key_is_refused_with_its_likely_meaning(tmp_path: Path) -> None:
     path = write(tmp_path, 'model = "m"\nnum-block = 4\n')
     with pytest.raises(
-        ConfigError, match=r"unknown key 'num-block' \(did you mean 'num-blocks'\?\); known are blocks, .*threads"
+        ConfigError, match=r"unknown key 'num-block' \(did you mean 'num-blocks'\?\); known are announce, blocks, .*threads"
     ):
         read_config(ServerConfig, {}, path)
 
@@ -73,6 +73,9 @@ def test_a_broken_or_missing_file_is_named(tmp_path: Path) -> None:
         ({"model": "m", "grace_period_s": "-1"}, "grace-period: wanted seconds from 0"),
         ({"model": "m", "name": "a\nb"}, "name: wanted up to 128 printable letters"),
         ({"model": "m", "peers": ["localhost:4001"]}, "not a multiaddr that can be used here"),
+        ({"model": "m", "announce": ["/ip4/0.0.0.0/tcp/4001"]}, "announce: wanted addresses that others can dial"),
+        ({"model": "m", "announce": ["/ip4/192.0.2.7/tcp/0"]}, "announce: wanted addresses that others can dial"),
+        ({"model": "m", "announce": ["192.0.2.7:4001"]}, "not a multiaddr that can be used here"),
         ({"model": "m", "log_level": "loud"}, "log-level: wanted one of"),
     ],
 )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import platformdirs
 
+from p2pswarm.core.errors import ConfigError
+
 CACHE_VARIABLE = "P2PSWARM_CACHE"
 """Environment variable that moves the cache elsewhere."""
 
@@ -21,9 +23,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Has `write` fill a temporary file beside `path`, then moves it there in one step.
 
     Several processes may do this for the same path at once: each reader sees one whole file, the last writer's.
+    Raises `ConfigError` where the folder cannot be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        hint = f"set {CACHE_VARIABLE} to a folder that can be written to"
+        raise ConfigError(f"cannot write to the cache {path.parent}: {error.strerror}; {hint}") from error
     os.close(handle)
     temporary = Path(name)
     try:

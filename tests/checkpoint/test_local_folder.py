@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from p2pswarm.blocks.span_model import load_span
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.checkpoint.fingerprint import file_sha256
-from p2pswarm.core.errors import CheckpointError, UnsupportedModelError
+from p2pswarm.core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from p2pswarm.core.span import Span
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint, save_tiny_tokenizer
 
@@ -157,6 +157,12 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path) -> None:
     assert hashes == ["ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"] * 2
     assert changed == "88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589"
     assert progress == [("weights", 3, 3), ("weights", 4, 4)]
+
+
+def test_a_cache_that_cannot_be_written_to_is_named_with_the_way_out(folder: Path, own_cache: Path) -> None:
+    own_cache.write_text("a file, not a folder")
+    with pytest.raises(ConfigError, match=r"cannot write to the cache .*cache/hashes: .*; set P2PSWARM_CACHE to"):
+        file_sha256(folder / "config.json")
 
 
 def test_the_tokenizer_is_the_folder_s(folder: Path) -> None:

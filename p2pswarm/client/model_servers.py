@@ -119,7 +119,9 @@ class ModelServers:
                 asked = short_peers(sorted(self._network.connected_peers)) or "nobody: no peer is connected"
                 raise MissingBlocksError(f"{error}; asked: {asked}", error.missing) from error
         for hop in route.hops:
-            self._network.add_addresses(hop.peer_id, self._view.servers[hop.peer_id].addresses)
+            server = self._view.servers.get(hop.peer_id)
+            if server is not None:  # a hop that is kept may be of a server that is no longer announced
+                self._network.add_addresses(hop.peer_id, server.addresses)
         return route
 
     def _plan_now(self, plan: Callable[[float], Route]) -> Route:

@@ -1,153 +1,237 @@
-"""A route made live: one open session at each of its servers, and steps that pass through all of them in order.
+"""A chain of links over all blocks of a model, and how a step goes through it.
 
-A chain never mends itself: when a hop fails, the error names the server and its blocks, and the chain is useless.
-`client/session.py` opens chains and decides what happens then.
+With push, a server hands its output straight to the next one (2312.08361, section on hand-off): the client tells all of
+them of the step at once, sends hidden states only to the first, and takes everyone's output as it comes, for its own
+cache. Servers that cannot reach each other are relayed by the client, and so is a step whose push does not arrive.
+
+A chain may have gaps, where links have failed; `client/mending.py` fills them. A step that stopped at a failed link
+goes on where it stopped: links that have answered it are not asked again.
 """
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+import itertools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import trio
 
 from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.input_history import InputHistory
+from p2pswarm.client.link import HopFailed, Link, at_hop, decode_finite
 from p2pswarm.client.step_input import StepInput
-from p2pswarm.core.errors import BadAnswer, NetworkError, RemoteError, RequestRefused, SwarmingError
-from p2pswarm.core.ids import ModelId, PeerId, SessionId
-from p2pswarm.routing.route import Hop, Route
-from p2pswarm.rpc.client import RpcClient
-from p2pswarm.rpc.remote_session import RemoteSession
-from p2pswarm.wire.codecs import decode_tensor, encode_tensor
-from p2pswarm.wire.messages import Codec, OpenSession, Step, WireTensor
+from p2pswarm.client.step_times import StepTimes
+from p2pswarm.core.errors import BadAnswer, DeadlineExceeded, NetworkError, RemoteError, RequestRefused
+from p2pswarm.core.ids import PeerId
+from p2pswarm.core.span import Span, uncovered
+from p2pswarm.routing.route import Hop
+from p2pswarm.wire.codecs import encode_tensor
+from p2pswarm.wire.messages import Codec, PushedStep, Step, StepReply, WireTensor
+
+PUSH_PATIENCE = 1.5
+"""A push that takes that many times what the step usually takes is not waited for any longer."""
+MIN_PUSH_PATIENCE_S = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class ChainTerms:
-    """What is asked of every server of a chain."""
+class ServerPool(Protocol):
+    """What a chain asks of, and tells to, whoever knows the servers; `client/model_servers.py` is the real one."""
 
-    session_id: SessionId
-    model_id: ModelId
-    max_length: int
-    batch_size: int
+    def step_times(self, hop: Hop) -> StepTimes: ...
+
+    def round_trip_s(self, peer_id: PeerId) -> float: ...
+
+    def can_push(self, sender: PeerId, receiver: PeerId) -> bool: ...
+
+    def note_failed_push(self, sender: PeerId, receiver: PeerId) -> None: ...
+
+    async def is_alive(self, peer_id: PeerId) -> bool:
+        """Whether the server answers anything at all."""
+        ...
+
+
+@dataclass
+class Passage:
+    """One step on its way through a chain."""
+
+    step_id: int
+    step: StepInput
     codec: Codec
-    dtypes: Mapping[PeerId, torch.dtype]
-    """What each server computes in, and so is sent."""
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    """The hidden states at the boundaries that were reached, by block, as they came."""
+    received: dict[int, WireTensor] = field(default_factory=dict)
+    """The same as they travelled, for sending on without another copy."""
+
+    def __post_init__(self) -> None:
+        self.mask, self.position_ids, self.beam_indices = (
+            None if tensor is None else encode_tensor(tensor)
+            for tensor in (self.step.attention_mask, self.step.position_ids, self.step.beam_indices)
+        )
+
+    def whole_step(self, link: Link, next_link: Link | None) -> Step:
+        """The step with its hidden states; they must have been reached."""
+        return Step(
+            self.step_id,
+            self.step.position,
+            self._hidden_states(link),
+            self.mask,
+            self.position_ids,
+            self._beams(link),
+            next_link.as_next_hop if next_link is not None else None,
+        )
+
+    def pushed_step(self, link: Link, next_link: Link | None) -> PushedStep:
+        """The step as told to a link that gets its hidden states from the link before."""
+        return PushedStep(
+            self.step_id,
+            self.step.position,
+            self.step.num_tokens,
+            self.mask,
+            self.position_ids,
+            self._beams(link),
+            next_link.as_next_hop if next_link is not None else None,
+        )
+
+    def take(self, link: Link, reply: StepReply) -> None:
+        """Notes a link's answer. Raises `BadAnswer` where its values or its form cannot be right."""
+        answer = decode_finite(reply.hidden_states, link.hop)
+        if answer.shape != self.step.hidden_states.shape or answer.dtype != link.dtype:
+            raise BadAnswer(
+                f"answered {answer.dtype} of shape {list(answer.shape)} to {link.dtype} of shape "
+                f"{list(self.step.hidden_states.shape)}",
+                link.hop.peer_id,
+            )
+        end = link.hop.span.end
+        self.states[end], self.received[end] = answer, reply.hidden_states
+        link.answered_step_id, link.length = self.step_id, self.step.end
+
+    def _hidden_states(self, link: Link) -> WireTensor:
+        """For the link's first block: as they came, unless this server computes in another dtype."""
+        start = link.hop.span.start
+        received = self.received.get(start)
+        if received is not None and self.states[start].dtype == link.dtype and received.codec is self.codec:
+            return received
+        return encode_tensor(self.states[start].to(link.dtype), self.codec)
+
+    def _beams(self, link: Link) -> WireTensor | None:
+        """None for a link that was filled during this step: with a history that has followed the beams already."""
+        return None if link.filled_step_id == self.step_id else self.beam_indices
 
 
 class Chain:
-    """Open sessions at the hops of `route`. Made by `open_chain`; steps must not overlap."""
+    """Links in the order of their blocks. Steps must not overlap."""
 
-    def __init__(
-        self,
-        route: Route,
-        terms: ChainTerms,
-        remotes: Sequence[RemoteSession],
-        config: ClientConfig,
-        scope: trio.CancelScope,
-    ) -> None:
-        self.route = route
-        self.terms = terms
-        self._remotes = tuple(remotes)
+    def __init__(self, span: Span, codec: Codec, pool: ServerPool, config: ClientConfig) -> None:
+        self.span = span
+        self.links: list[Link] = []
+        self._codec = codec
+        self._pool = pool
         self._config = config
-        self._scope = scope
-        self._next_step_id = 0
 
-    def close(self) -> None:
-        """Ends the sessions at all servers, without waiting."""
-        self._scope.cancel()
+    @property
+    def hops(self) -> tuple[Hop, ...]:
+        return tuple(link.hop for link in self.links)
 
-    async def step(self, step: StepInput) -> torch.Tensor:
-        """The hidden states after the last block, in the dtype of `step.hidden_states`.
+    @property
+    def gaps(self) -> list[Span]:
+        """Blocks without a link."""
+        return uncovered([link.hop.span for link in self.links], self.span)
 
-        Raises what the failing hop's call raises, naming the hop. After an error, or cancelled half-way, the servers'
-        caches may differ and the chain must be closed.
+    def add(self, link: Link) -> None:
+        self.links.append(link)
+        self.links.sort(key=lambda other: other.hop.span.start)
+
+    def drop(self, links: Sequence[Link]) -> None:
+        """Closes links, which leaves gaps."""
+        for link in links:
+            link.close()
+        self.links = [link for link in self.links if link not in links]
+
+    async def run(self, passage: Passage, history: InputHistory) -> torch.Tensor:
+        """The hidden states after the last block. There must be no gaps.
+
+        Raises `HopFailed` when a link fails (it is dropped then), `RequestRefused` where a server finds the step itself
+        wrong.
         """
-        mask, position_ids, beams = (
-            _encode_extra(tensor) for tensor in (step.attention_mask, step.position_ids, step.beam_indices)
-        )
-        timeout_s = self._config.timeout_s(step.num_tokens_in_total)
-        step_id, self._next_step_id = self._next_step_id, self._next_step_id + 1
-        hidden_states, wire = step.hidden_states, None
-        for hop, remote in zip(self.route.hops, self._remotes, strict=True):
-            wire = self._for_hop(hop, hidden_states, wire)
-            try:
-                reply = await remote.step(Step(step_id, step.position, wire, mask, position_ids, beams), timeout_s)
-                wire = reply.hidden_states
-                hidden_states = decode_finite(wire, hop)
-            except (RemoteError, NetworkError, RequestRefused) as error:
-                raise at_hop(error, hop) from error
-        return hidden_states.to(step.hidden_states.dtype)
+        passage.states[self.span.start] = passage.step.hidden_states
+        pending = [link for link in self.links if link.answered_step_id != passage.step_id]
+        pushed = self._pushed_to(pending, passage.step_id)
+        for index, link in enumerate(pending):
+            next_link = pending[index + 1] if index + 1 < len(pending) and pushed[index + 1] else None
+            if pushed[index]:
+                with self._failing(link):
+                    await link.announce(passage.pushed_step(link, next_link))
+            elif index == 0:
+                with self._failing(link):
+                    await link.send(passage.whole_step(link, next_link))
+        for index, link in enumerate(pending):
+            with self._failing(link):
+                await self._pass_through(link, passage, pending[index - 1] if pushed[index] else None, history)
+        return passage.states[self.span.end].to(passage.step.hidden_states.dtype)
 
-    def _for_hop(self, hop: Hop, hidden_states: torch.Tensor, received: WireTensor | None) -> WireTensor:
-        """What to send to the hop: the last answer as it came, unless this server computes in another dtype."""
-        dtype = self.terms.dtypes[hop.peer_id]
-        if received is not None and hidden_states.dtype == dtype and received.codec is self.terms.codec:
-            return received
-        return encode_tensor(hidden_states.to(dtype), self.terms.codec)
+    async def run_link(self, link: Link, passage: Passage) -> torch.Tensor:
+        """The hidden states after the blocks of one link, which the passage begins at. Raises as `run` does."""
+        passage.states[link.hop.span.start] = passage.step.hidden_states
+        with self._failing(link):
+            await self._pass_through(link, passage, None)
+        return passage.states[link.hop.span.end]
 
+    def _pushed_to(self, pending: Sequence[Link], step_id: int) -> list[bool]:
+        """Which links get the step from the one before."""
+        return [False] + [
+            self._config.use_push
+            and before.dtype == link.dtype
+            and before.can_push
+            and link.can_push
+            and before.sent_step_id != step_id
+            and link.announced_step_id != step_id
+            and self._pool.can_push(before.hop.peer_id, link.hop.peer_id)
+            for before, link in itertools.pairwise(pending)
+        ]
 
-async def open_chain(
-    rpc: RpcClient,
-    route: Route,
-    terms: ChainTerms,
-    config: ClientConfig,
-    *,
-    task_status: trio.TaskStatus[Chain] = trio.TASK_STATUS_IGNORED,
-) -> None:
-    """Opens a session at every hop at once, hands over the chain, and keeps it open until it is closed.
-
-    Raises the first hop's failure, with all others closed again.
-    """
-    remotes: dict[Hop, RemoteSession] = {}
-    failures: list[SwarmingError] = []
-
-    async def hold_open(hop: Hop, *, task_status: trio.TaskStatus[None]) -> None:
-        request = OpenSession(
-            terms.session_id, terms.model_id, hop.span, terms.max_length, terms.batch_size, terms.codec
-        )
-        async with rpc.open_session(hop.peer_id, request, config.open_timeout_s) as remotes[hop]:
-            task_status.started()
-            await trio.sleep_forever()
-
-    async def open_hop(hop: Hop) -> None:
+    @contextmanager
+    def _failing(self, link: Link) -> Iterator[None]:
         try:
-            await holding.start(hold_open, hop)
-        except (RemoteError, NetworkError, RequestRefused) as error:
-            failures.append(at_hop(error, hop))
-            opening.cancel_scope.cancel()
+            yield
+        except RequestRefused as error:
+            raise at_hop(error, link.hop) from error
+        except (RemoteError, NetworkError) as error:
+            self.drop([link])
+            raise HopFailed(link.hop, error) from error
 
-    async with trio.open_nursery() as holding:
-        async with trio.open_nursery() as opening:
-            for hop in route.hops:
-                opening.start_soon(open_hop, hop)
-        if failures:
-            holding.cancel_scope.cancel()
-        else:
-            open_remotes = [remotes[hop] for hop in route.hops]
-            task_status.started(Chain(route, terms, open_remotes, config, holding.cancel_scope))
-            await trio.sleep_forever()
-    if failures:
-        raise failures[0]
+    async def _pass_through(
+        self, link: Link, passage: Passage, pusher: Link | None, history: InputHistory | None = None
+    ) -> None:
+        """Takes the step through one link, whose input has been reached, and keeps the input in the history."""
+        step, start = passage.step, link.hop.span.start
+        asked_at_s = trio.current_time()
+        if pusher is None:
+            await link.send(passage.whole_step(link, None))
+        if history is not None:  # while the server computes
+            history.put(start, step.position, passage.states[start])
+        reply = await self._reply(link, passage, pusher)
+        self._pool.step_times(link.hop).note(step.num_tokens_in_total, trio.current_time() - asked_at_s)
+        passage.take(link, reply)
 
-
-HopError = TypeVar("HopError", bound=RemoteError | NetworkError | RequestRefused)
-
-
-def at_hop(error: HopError, hop: Hop) -> HopError:
-    """The same kind of error, saying which server and blocks it came from."""
-    return type(error)(f"blocks {hop.span} at {hop.peer_id}: {error}", hop.peer_id)
-
-
-def decode_finite(wire: WireTensor, hop: Hop) -> torch.Tensor:
-    """The answer's tensor. Raises `BadAnswer` when a value is not a finite number."""
-    hidden_states = decode_tensor(wire)
-    # The sum is not finite if any value is not: one pass. Large finite values can do that too, so then look closely.
-    if not math.isfinite(hidden_states.sum(dtype=torch.float32)) and not torch.isfinite(hidden_states).all():
-        raise BadAnswer("the hidden states hold values that are not finite", hop.peer_id)
-    return hidden_states
-
-
-def _encode_extra(tensor: torch.Tensor | None) -> WireTensor | None:
-    return None if tensor is None else encode_tensor(tensor)
+    async def _reply(self, link: Link, passage: Passage, pusher: Link | None) -> StepReply:
+        """The link's answer. A server that is late is asked whether it is alive; one that is only busy gets longer."""
+        hop, num_tokens, asked_at_s = link.hop, passage.step.num_tokens_in_total, trio.current_time()
+        times = self._pool.step_times(hop)
+        declared_s = link.declared_s(num_tokens, self._pool.round_trip_s(hop.peer_id))
+        reply = None
+        if pusher is not None:
+            patience_s = max(MIN_PUSH_PATIENCE_S, PUSH_PATIENCE * times.expected_s(num_tokens, declared_s))
+            reply = await link.reply_within(patience_s)
+            if reply is None:
+                await link.send(passage.whole_step(link, None))
+        if reply is None:
+            late_after_s = times.late_after_s(num_tokens, declared_s, self._config.min_step_timeout_s)
+            reply = await link.reply_within(late_after_s)
+        if reply is None and await self._pool.is_alive(hop.peer_id):
+            reply = await link.reply_within(self._config.timeout_s(num_tokens))
+        if reply is None:
+            waited_s = trio.current_time() - asked_at_s
+            raise DeadlineExceeded(f"no answer to a step of {num_tokens} tokens within {waited_s:.1f} s", hop.peer_id)
+        if pusher is not None and not reply.from_push:
+            self._pool.note_failed_push(pusher.hop.peer_id, hop.peer_id)
+        return reply

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import platformdirs
 
@@ -30,18 +31,28 @@ class ClientConfig:
     """Between looks at who serves a model; failures are noticed at once."""
     open_timeout_s: float = 15.0
     """For opening a session at one server: a dial, three round trips and its wait for room."""
+    min_step_timeout_s: float = 3.0
+    """A server that takes longer, and four times as long as usual, is asked whether it is alive."""
     step_timeout_s: float = 60.0
-    """For one server's answer to a step; a long prompt gets `step_timeout_per_token_s` more."""
+    """For the answer of a server that is alive but busy; a long prompt gets `step_timeout_per_token_s` more."""
     step_timeout_per_token_s: float = 0.25
     """For each token of each sequence of a step; a slow CPU server runs 20 blocks of a 7B model in about that."""
     max_step_bytes: int = 32 << 20
     """Hidden states of one step; longer prompts go in parts. Servers take frames of 64 MiB."""
     stop_grace_s: float = 2.0
     """How long a stopped generation may finish the step it is in; after that the session is lost."""
+    recovery_timeout_s: float = 60.0
+    """How long other servers are looked for, or waited for, after a first failure in a step."""
+    max_retries: int | None = None
+    """Failures of servers in a step that are answered by another try; None: any number until `recovery_timeout_s`."""
+    max_history_bytes: int = 4 << 30
+    """Of a session's inputs kept for replays. Beyond it, a lost server costs the replay of servers before it too."""
+    history_dtype: Literal["float16", "bfloat16"] | None = None
+    """None: as sent. Half precision saves memory, and makes what follows a recovery inexact."""
+    use_push: bool = False
+    """Servers hand on to each other what they can; the client relays the rest."""
     ban_s: float = 15.0
-    """How long a failed server is left out of new routes."""
-    max_open_attempts: int = 4
-    """Routes tried before opening a session, or a forward pass without one, is given up."""
+    """How long a failed server is left out of new routes; twice as long each further time."""
     ping_timeout_s: float = 2.0
     max_pinged: int = 12
     """Servers whose round trip is measured before the first route."""
@@ -57,8 +68,18 @@ class ClientConfig:
         return self.step_timeout_s + self.step_timeout_per_token_s * num_tokens
 
     def __post_init__(self) -> None:
-        for name in ("join_timeout_s", "find_timeout_s", "update_period_s", "open_timeout_s", "step_timeout_s"):
+        for name in (
+            "join_timeout_s",
+            "find_timeout_s",
+            "update_period_s",
+            "open_timeout_s",
+            "min_step_timeout_s",
+            "step_timeout_s",
+            "ban_s",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is a number of seconds above 0, got {getattr(self, name)}")
-        if self.max_open_attempts < 1:
-            raise ConfigError(f"max_open_attempts is at least 1, got {self.max_open_attempts}")
+        if self.recovery_timeout_s < 0:
+            raise ConfigError(f"recovery_timeout_s is a number of seconds, 0 or more, got {self.recovery_timeout_s}")
+        if self.max_retries is not None and self.max_retries < 0:
+            raise ConfigError(f"max_retries is 0 or more, or None, got {self.max_retries}")

@@ -1,12 +1,18 @@
-"""A forward pass through the swarm without a session: nothing is remembered, so a failed try is simply made again."""
+"""A forward pass through the swarm without a session: nothing is remembered at the servers.
+
+A server that fails costs its own blocks only: what went into them is still here, and goes on over another route.
+"""
 
 import torch
+import trio
 
-from p2pswarm.client.chain import at_hop, decode_finite
 from p2pswarm.client.config import ClientConfig
-from p2pswarm.client.model_servers import ModelServers
+from p2pswarm.client.link import at_hop, decode_finite
+from p2pswarm.client.model_servers import ModelServers, dtype_of
+from p2pswarm.client.recovery import Recovery
 from p2pswarm.client.step_input import StepInput
-from p2pswarm.core.errors import BadAnswer, ConfigError, NetworkError, RemoteError, RequestRefused
+from p2pswarm.core.errors import BadAnswer, ConfigError, MissingBlocksError, NetworkError, RemoteError, RequestRefused
+from p2pswarm.core.span import Span
 from p2pswarm.routing.planner import RouteRequest
 from p2pswarm.routing.route import Hop
 from p2pswarm.rpc.client import RpcClient
@@ -23,24 +29,28 @@ class ForwardPass:
         self._config = config
 
     async def run(self, batch: StepInput) -> torch.Tensor:
-        """The hidden states [batch, tokens, hidden] after the last block. Tries other servers when one fails."""
+        """The hidden states [batch, tokens, hidden] after the last block. Raises as `Session.step` does."""
         if batch.position != 0:
             raise ConfigError(f"a forward pass without a cache starts at position 0, got {batch.position}")
-        request = RouteRequest(self._servers.facts.span)
-        failure: RemoteError | NetworkError | None = None
-        for _ in range(self._config.max_open_attempts):
-            route = await self._servers.route(request)
-            dtypes = self._servers.dtypes(route)
+        recovery = Recovery(self._config)
+        hidden_states, done, end = batch.hidden_states, 0, self._servers.facts.num_blocks
+        while done < end:
+            request = RouteRequest(Span(done, end), avoided=frozenset(recovery.avoided), pushes=False)
             try:
-                hidden_states = batch.hidden_states
+                route = await self._servers.route(request)
+                dtypes = {hop: dtype_of(self._servers.known[hop.peer_id]) for hop in route.hops}
                 for hop in route.hops:
-                    hidden_states = await self._through(hop, hidden_states.to(dtypes[hop.peer_id]), batch)
-                return hidden_states.to(batch.hidden_states.dtype)
+                    hidden_states = await self._through(hop, hidden_states.to(dtypes[hop]), batch)
+                    done = hop.span.end
             except (RemoteError, NetworkError) as error:
-                failure = error
-                request = self._servers.without_failed(request, error)
-        assert failure is not None
-        raise failure
+                self._servers.report_failure(error)
+                recovery.after_failure(error, Span(done, end), trio.current_time())
+            except MissingBlocksError as error:
+                if recovery.last_failure is None and not self._servers.may_return(error.missing, 0):
+                    raise
+                await trio.sleep(recovery.wait_s(error, trio.current_time()))
+                await self._servers.forgive_living(error.missing)
+        return hidden_states.to(batch.hidden_states.dtype)
 
     async def _through(self, hop: Hop, hidden_states: torch.Tensor, batch: StepInput) -> torch.Tensor:
         codec = self._config.codec

@@ -1,28 +1,35 @@
 """One inference session: hidden states in, hidden states out, with a position that can go back.
 
 Knows nothing of tokens beyond keeping their history for `client/generation.py`. Its servers are chosen at the first
-step, when the batch size is known, and kept to the end. When one of them fails, the session is broken and says so:
-nothing is ever answered from a part of its history.
+step, when the batch size is known. Servers that fail are replaced within the step (2312.08361, Algorithm 1): who calls
+`step` sees a pause, and the same answer. When it cannot be had within the time that `ClientConfig` gives, the step
+raises and the session stays what it was before it: the same step may be tried again later.
+
+Read `chain.py` for how a step passes, `mending.py` for how servers are replaced, `recovery.py` for how long is tried.
 """
 
-import secrets
+import itertools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 import trio
 
-from p2pswarm.client.chain import Chain, open_chain
+from p2pswarm.client.chain import Chain, Passage
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.history import TokenHistory
-from p2pswarm.client.model_servers import ModelServers
-from p2pswarm.client.single_error import single_error
+from p2pswarm.client.input_history import Before, InputHistory
+from p2pswarm.client.link import HopFailed, LinkTerms
+from p2pswarm.client.mending import STEP_ID_STRIDE, Mender
+from p2pswarm.client.model_servers import DTYPES, ModelServers
+from p2pswarm.client.recovery import Recovery
 from p2pswarm.client.step_input import StepInput, in_parts
-from p2pswarm.core.errors import ConfigError, MissingBlocksError, NetworkError, RemoteError, SessionClosed
-from p2pswarm.core.ids import SessionId
-from p2pswarm.routing.planner import RouteRequest
+from p2pswarm.core.errors import ConfigError, MissingBlocksError, SessionClosed
 from p2pswarm.routing.route import Route
 from p2pswarm.rpc.client import RpcClient
+
+logger = logging.getLogger(__name__)
 
 
 class Session:
@@ -36,14 +43,17 @@ class Session:
         self.max_length = max_length
         self.history: TokenHistory | None = None
         """The tokens behind the positions, where `generate` was used."""
+        self.num_recoveries = 0
+        """How often servers were replaced."""
         self._servers = servers
         self._rpc = rpc
         self._config = config
         self._nursery = nursery
-        self._chain: Chain | None = None
+        self._running: _Running | None = None
+        self._step_ids = itertools.count(STEP_ID_STRIDE, STEP_ID_STRIDE)
         self._position = 0
         self._is_stepping = False
-        self._ended_by: str | None = None
+        self._is_closed = False
 
     @property
     def position(self) -> int:
@@ -65,45 +75,36 @@ class Session:
 
     @property
     def route(self) -> Route | None:
-        """Its servers; None before the first step."""
-        return self._chain.route if self._chain is not None else None
+        """Its servers as of the last step; None before the first one."""
+        return self._running.route if self._running is not None else None
 
     @property
     def num_rows(self) -> int | None:
         """Sequences in the servers' caches; None before the first step."""
-        return self._chain.terms.batch_size if self._chain is not None else None
+        return self._running.terms.batch_size if self._running is not None else None
 
     async def step(self, step: StepInput) -> torch.Tensor:
         """The hidden states [batch, tokens, hidden] after the model's last block.
 
-        Raises `RemoteError` or `NetworkError` naming the server and its blocks when one fails (the session is then
-        broken), `SwarmError` when there is no route, `SessionClosed` on a broken session. It breaks when cancelled too.
+        Raises `MissingBlocksError` where blocks stay without a server, `RemoteError` or `NetworkError` naming the last
+        server that failed when there were too many failures, `RequestRefused` when a server finds the step itself
+        wrong, `SessionClosed` on a closed session. After an error, or cancelled, the session is at the step's position.
         """
         self._check(step)
         with self._alone():
-            chain = await self._chain_for(step)
-            try:
-                parts = [await chain.step(part) for part in in_parts(step, self._config.max_step_bytes)]
-            except BaseException as error:
-                self._end(f"is broken: {error}" if isinstance(error, Exception) else "was interrupted in a step")
-                if isinstance(error, RemoteError | NetworkError):
-                    self._servers.report_failure(error)
-                raise
-            self._position = step.position + step.num_tokens
+            running = self._running_for(step)
+            parts = [await self._run_part(running, part) for part in in_parts(step, self._config.max_step_bytes)]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def close(self) -> None:
         """Ends the session at all servers; further steps raise `SessionClosed`."""
-        self._end("is closed")
-
-    def _end(self, why: str) -> None:
-        self._ended_by = self._ended_by or why
-        if self._chain is not None:
-            self._chain.close()
+        self._is_closed = True
+        if self._running is not None:
+            self._running.close()
 
     def _check(self, step: StepInput) -> None:
-        if self._ended_by is not None:
-            raise SessionClosed(f"this session {self._ended_by}; open a new one")
+        if self._is_closed:
+            raise SessionClosed("this session is closed; open a new one")
         hidden_size = self._servers.facts.hidden_size
         if step.hidden_states.ndim != 3 or step.hidden_states.shape[2] != hidden_size:
             raise ConfigError(
@@ -111,7 +112,7 @@ class Session:
             )
         if not 0 <= step.position <= self._position:
             raise ConfigError(f"the session is at position {self._position}, a step cannot start at {step.position}")
-        if step.position + step.num_tokens > self.max_length:
+        if step.end > self.max_length:
             raise ConfigError(
                 f"{step.position} tokens and {step.num_tokens} new ones are more than the session's max_length "
                 f"{self.max_length}; open one with a larger max_length"
@@ -127,38 +128,99 @@ class Session:
         finally:
             self._is_stepping = False
 
-    async def _chain_for(self, step: StepInput) -> Chain:
-        """The open chain; a new one where there is none or a session that starts over changes its batch size."""
-        if self._chain is not None and self._chain.terms.batch_size != step.batch_size:
+    def _running_for(self, step: StepInput) -> "_Running":
+        """The chain and its history; new ones at first, and where a session that starts over changes its batch size."""
+        running = self._running
+        if running is not None and running.terms.batch_size != step.batch_size:
             if step.position > 0:
                 raise ConfigError(
-                    f"the session holds {self._chain.terms.batch_size} sequences, the step has {step.batch_size}; "
+                    f"the session holds {running.terms.batch_size} sequences, the step has {step.batch_size}; "
                     "set session.position = 0 to start over, or open another session"
                 )
-            self._chain.close()
-            self._chain = None
-        if self._chain is None:
-            self._chain = await self._open(step.batch_size)
-        return self._chain
+            running.close()
+            running = None
+        if running is None:
+            terms = LinkTerms(self._servers.facts.model_id, self.max_length, step.batch_size, self._config.codec)
+            mender = Mender(self._servers, self._rpc, self._config, terms, self._nursery)
+            self._running = running = _Running(self._servers, self._config, terms, mender)
+        return running
 
-    async def _open(self, batch_size: int) -> Chain:
-        """Opens a chain over the best route; servers that fail or have no room are routed around, a few times."""
-        request = RouteRequest(self._servers.facts.span, self.max_length, batch_size)
-        failure: RemoteError | NetworkError | None = None
-        for _ in range(self._config.max_open_attempts):
+    async def _run_part(self, running: "_Running", step: StepInput) -> torch.Tensor:
+        passage = Passage(next(self._step_ids), step, self._config.codec)
+        self._position = step.position
+        before = running.history.begin(step)
+        try:
+            output = await self._through(running, passage)
+        except BaseException:
+            running.give_up(passage, before)
+            raise
+        running.history.commit(step.end)
+        self._position = step.end
+        return output
+
+    async def _through(self, running: "_Running", passage: Passage) -> torch.Tensor:
+        """Runs the step, on other servers where some fail."""
+        recovery = Recovery(self._config)
+        chain, started_at_s = running.chain, trio.current_time()
+        while True:
             try:
-                route = await self._servers.route(request)
+                for failed in await running.mender.fill_gaps(
+                    chain, running.history, passage, frozenset(recovery.avoided)
+                ):
+                    self._note_failure(failed, recovery)
+                if chain.gaps:
+                    continue
+                output = await chain.run(passage, running.history)
+                break
+            except HopFailed as failed:
+                self._note_failure(failed, recovery)
             except MissingBlocksError as error:
-                if failure is None:
-                    raise
-                raise MissingBlocksError(f"{error}; the last failure: {failure}", error.missing) from failure
-            terms = self._servers.chain_terms(route, request, SessionId(secrets.token_hex(16)))
-            try:
-                with single_error():
-                    chain: Chain = await self._nursery.start(open_chain, self._rpc, route, terms, self._config)
-                    return chain
-            except (RemoteError, NetworkError) as error:
-                failure = error
-                request = self._servers.without_failed(request, error)
-        assert failure is not None
-        raise failure
+                await self._wait_for_blocks(error, recovery, running)
+        route_before, running.route = running.route, Route(chain.hops)
+        if recovery.num_failures and route_before is not None:
+            self.num_recoveries += 1
+            logger.info(
+                "went on at position %d after %.2f s, by %s instead of %s; %s",
+                passage.step.position,
+                trio.current_time() - started_at_s,
+                running.route,
+                route_before,
+                recovery.last_failure,
+            )
+        return output
+
+    def _note_failure(self, failed: HopFailed, recovery: Recovery) -> None:
+        self._servers.report_failure(failed.error)
+        recovery.after_failure(failed.error, failed.hop.span, trio.current_time())
+
+    async def _wait_for_blocks(self, error: MissingBlocksError, recovery: Recovery, running: "_Running") -> None:
+        """Waits until another try makes sense. Raises the error when it does not, or when the time is up."""
+        if running.route is None and not self._servers.may_return(error.missing, self.max_length):
+            raise recovery.explained(error)
+        await trio.sleep(recovery.wait_s(error, trio.current_time()))
+        await self._servers.forgive_living(error.missing)
+
+
+class _Running:
+    """What a session has while it runs: a chain of servers, and what they were sent."""
+
+    def __init__(self, servers: ModelServers, config: ClientConfig, terms: LinkTerms, mender: Mender) -> None:
+        self.terms = terms
+        self.mender = mender
+        self.chain = Chain(servers.facts.span, terms.codec, servers, config)
+        dtype = None if config.history_dtype is None else DTYPES[config.history_dtype]
+        self.history = InputHistory(terms.batch_size, terms.max_length, max_bytes=config.max_history_bytes, dtype=dtype)
+        self.route: Route | None = None
+
+    def close(self) -> None:
+        self.chain.drop(self.chain.links)
+
+    def give_up(self, passage: Passage, before: Before) -> None:
+        """Makes as if the step had never begun, but for going back to its position.
+
+        Servers that still owe an answer are let go of: nobody knows what they hold. The others go back with the next
+        step, unless rows changed places, which no later step can undo.
+        """
+        self.history.give_up(before)
+        rows_moved = passage.beam_indices is not None
+        self.chain.drop([link for link in self.chain.links if rows_moved or link.owes_an_answer])

@@ -6,8 +6,9 @@ import pytest
 import torch
 import trio
 
+from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.token_stream import TOKENS_AHEAD
-from p2pswarm.core.errors import ConfigError, ConnectionLost
+from p2pswarm.core.errors import ConfigError, MissingBlocksError
 from p2pswarm.core.span import Span
 
 PROMPT = [5, 17, 99, 3, 42]
@@ -210,12 +211,13 @@ async def test_cancelled_reader_leaves_no_thread_generating(open_world) -> None:
 
 
 async def test_lost_server_ends_the_stream_with_its_error_never_as_if_the_text_had_ended(open_world) -> None:
-    async with open_world() as world, world.model.session(max_length=180) as session:
+    config = ClientConfig(known_peers_path=None, recovery_timeout_s=0.5)
+    async with open_world(config=config) as world, world.model.session(max_length=180) as session:
         stream = session.generate(PROMPT, max_new_tokens=170, **GREEDY)
         tokens = [await anext(stream)]
         lost = world.peer_of(Span(3, 4))
         world.memory.kill(lost)
-        with pytest.raises(ConnectionLost, match=lost):
+        with pytest.raises(MissingBlocksError, match=lost):
             tokens += [token async for token in stream]
         assert len(tokens) < 170
 

@@ -8,8 +8,9 @@ import torch
 import trio
 from transformers import LlamaForCausalLM, TextIteratorStreamer
 
+from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.portal import Portal
-from p2pswarm.core.errors import ConfigError, ConnectionLost, SessionClosed
+from p2pswarm.core.errors import ConfigError, MissingBlocksError, SessionClosed
 from p2pswarm.core.span import Span
 from p2pswarm.models.auto import AutoDistributedModelForCausalLM
 from p2pswarm.models.distributed_causal_lm import Connection, distributed
@@ -21,9 +22,9 @@ GREEDY = {"do_sample": False}
 class Blocking:
     """The model as `from_pretrained` would give it, over the in-memory swarm."""
 
-    def __init__(self, open_world) -> None:
+    def __init__(self, open_world, config: ClientConfig | None = None) -> None:
         portal = Portal()
-        self.world = portal.enter(open_world(call=portal.call)).value
+        self.world = portal.enter(open_world(call=portal.call, config=config)).value
         self.portal = portal
         self.model = distributed(self.world.model.shell, Connection(portal, None, self.world.model))
 
@@ -152,17 +153,18 @@ def test_plain_forward_gives_the_logits(blocking, local) -> None:
     torch.testing.assert_close(blocking.model(PROMPT).logits, local(PROMPT).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_errors_cross_the_portal_typed_and_a_lost_server_is_gone_round(blocking, open_world, local) -> None:
+def test_errors_cross_the_portal_typed_and_the_session_goes_on_when_the_server_is_back(open_world, local) -> None:
+    blocking = Blocking(open_world, ClientConfig(known_peers_path=None, recovery_timeout_s=0.3))
     world = blocking.world
-    with blocking.model.inference_session(max_length=64):
+    with blocking.model, blocking.model.inference_session(max_length=64):
         blocking.model.generate(PROMPT, max_new_tokens=2, **GREEDY)
         lost = world.peer_of(Span(3, 4))
-        blocking.portal.call(trio.to_thread.run_sync, lambda: trio.from_thread.run_sync(world.memory.kill, lost))
-        with pytest.raises(ConnectionLost, match=lost) as error:
+        blocking.portal.call(trio.to_thread.run_sync, lambda: trio.from_thread.run_sync(world.memory.hang, lost))
+        with pytest.raises(MissingBlocksError, match=rf"no server for blocks 3:4 .*{lost}"):
             blocking.model.generate(max_new_tokens=2, **GREEDY)
-        assert error.value.peer_id == lost
-        with pytest.raises(SessionClosed, match="broken"):
-            blocking.model.generate(max_new_tokens=2, **GREEDY)
+        blocking.portal.call(trio.to_thread.run_sync, lambda: trio.from_thread.run_sync(world.memory.resume, lost))
+        tail = blocking.model.generate(max_new_tokens=2, **GREEDY)
+    assert tail.tolist() == local.generate(PROMPT, max_new_tokens=4, **GREEDY)[:, -2:].tolist()
 
 
 def test_generation_longer_than_the_session_is_refused_by_name(blocking) -> None:

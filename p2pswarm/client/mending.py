@@ -1,0 +1,142 @@
+"""Filling the gaps of a chain: servers are planned for the missing blocks, and brought to where the lost ones were.
+
+A stand-in is sent all that the lost server was sent, from position 0 on; never less, since a server that goes on from
+a part of a history answers fluently and wrongly. Only the lost blocks are replaced, unless the planner finds that other
+servers for all that follows are worth their replay too. The first chain of a session is a gap over all blocks.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import trio
+
+from p2pswarm.client.chain import Chain, Passage
+from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.input_history import InputHistory
+from p2pswarm.client.link import HopFailed, Link, LinkTerms, open_link
+from p2pswarm.client.model_servers import ModelServers, dtype_of
+from p2pswarm.client.single_error import single_error
+from p2pswarm.client.step_input import in_parts
+from p2pswarm.core.errors import NetworkError, RemoteError, RequestRefused
+from p2pswarm.core.ids import PeerId
+from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.core.span import Span
+from p2pswarm.routing.planner import RepairRequest, RouteRequest
+from p2pswarm.routing.route import Hop
+from p2pswarm.rpc.client import RpcClient
+
+STEP_ID_STRIDE = 1 << 20
+"""Between two steps of a session. The ids below a step's belong to the replays that it may need, in so many parts."""
+
+
+class Mender:
+    """Fills the gaps of one session's chain. `nursery` holds the links open."""
+
+    def __init__(
+        self, servers: ModelServers, rpc: RpcClient, config: ClientConfig, terms: LinkTerms, nursery: trio.Nursery
+    ) -> None:
+        self._servers = servers
+        self._rpc = rpc
+        self._config = config
+        self._terms = terms
+        self._nursery = nursery
+
+    async def fill_gaps(
+        self, chain: Chain, history: InputHistory, passage: Passage, avoided: frozenset[PeerId]
+    ) -> list[HopFailed]:
+        """Opens links and replays what they have missed, so that `passage` can be run.
+
+        The failures that came up are returned; then there are still gaps. What could be filled, has been. Raises
+        `MissingBlocksError` where no server can be planned.
+        """
+        if chain.gaps:
+            self._widen_to_what_is_remembered(chain, history)
+            failures = await self._open(chain, await self._planned(chain, history.length, avoided))
+            if failures:
+                return failures
+            history.forget_all_but({link.hop.span.start for link in chain.links})
+        try:
+            for link in list(chain.links):
+                if link.length < history.length:
+                    await self._replay(chain, link, history, passage)
+        except HopFailed as failed:
+            return [failed]
+        return []
+
+    def _widen_to_what_is_remembered(self, chain: Chain, history: InputHistory) -> None:
+        """Where a gap's inputs were let go of, they come out of the blocks before, replayed from further ahead."""
+        for gap in chain.gaps:
+            if history.remembers(gap.start):
+                continue
+            known = max(boundary for boundary in history.boundaries if boundary < gap.start)
+            chain.drop([link for link in chain.links if known <= link.hop.span.start < gap.start])
+
+    async def _planned(self, chain: Chain, position: int, avoided: frozenset[PeerId]) -> dict[Hop, ServerInfo]:
+        """The hops to open, with what their servers announce now. Links that the plan goes without are dropped."""
+        planned: dict[Hop, ServerInfo] = {}
+        for gap in chain.gaps:
+            request = RouteRequest(
+                gap, self._terms.max_length, self._terms.batch_size, avoided, pushes=self._config.use_push
+            )
+            kept = _directly_after(gap, chain.links)
+            if kept and position:
+                remaining = self._terms.max_length - position
+                repair = RepairRequest(request, tuple(link.hop for link in kept), position, remaining)
+                route = await self._servers.repair(repair)
+            else:
+                route = await self._servers.route(request)
+            chain.drop([link for link in kept if not _is_clear_of(link.hop, route.hops)])
+            planned |= {hop: self._servers.known[hop.peer_id] for hop in route.hops if hop not in chain.hops}
+        return planned
+
+    async def _open(self, chain: Chain, planned: Mapping[Hop, ServerInfo]) -> list[HopFailed]:
+        """Opens links at all of the hops at once; the failures."""
+        failures: list[HopFailed] = []
+
+        async def open_hop(hop: Hop, server: ServerInfo) -> None:
+            try:
+                with single_error():
+                    link: Link = await self._nursery.start(
+                        open_link,
+                        self._rpc,
+                        hop,
+                        server,
+                        dtype_of(server),
+                        self._terms,
+                        self._config.open_timeout_s,
+                    )
+                chain.add(link)
+            except (RemoteError, NetworkError, RequestRefused) as error:
+                failures.append(HopFailed(hop, error))
+
+        async with trio.open_nursery() as opening:
+            for hop, server in planned.items():
+                opening.start_soon(open_hop, hop, server)
+        return failures
+
+    async def _replay(self, chain: Chain, link: Link, history: InputHistory, passage: Passage) -> None:
+        """Sends all inputs of the link's blocks from position 0 on. Raises `HopFailed`, with the link dropped."""
+        start, end = link.hop.span.start, link.hop.span.end
+        brings_news = end < chain.span.end and not history.remembers(end)
+        parts = list(in_parts(history.replay(start), self._config.max_step_bytes))
+        for number, part in enumerate(parts):
+            part_passage = Passage(passage.step_id - len(parts) + number, part, self._terms.codec)
+            answer = await chain.run_link(link, part_passage)
+            if brings_news:
+                history.put(end, part.position, answer)
+        link.filled_step_id = passage.step_id
+
+
+def _directly_after(gap: Span, links: Sequence[Link]) -> list[Link]:
+    """The links that follow the gap, up to the next one."""
+    following: list[Link] = []
+    end = gap.end
+    for link in links:
+        if link.hop.span.start == end:
+            following.append(link)
+            end = link.hop.span.end
+    return following
+
+
+def _is_clear_of(hop: Hop, hops: Sequence[Hop]) -> bool:
+    """Whether a link can stay beside a plan: it is part of it, or the plan does not touch its blocks."""
+    return hop in hops or not any(hop.span.start < other.span.end and other.span.start < hop.span.end for other in hops)

@@ -1,0 +1,83 @@
+"""The simulated swarm, and the real client that uses it: `p2pswarm.client` over `MemoryNetwork`."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from random import Random
+
+import trio
+
+from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.forward import ForwardPass
+from p2pswarm.client.model_servers import ModelFacts, ModelServers
+from p2pswarm.client.session import Session
+from p2pswarm.core.ids import PeerId
+from p2pswarm.core.nursery import open_transparent_nursery
+from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.routing.shortest_path import ShortestPathPlanner
+from p2pswarm.rpc.client import RpcClient
+from p2pswarm.rpc.server import RpcServer
+from p2pswarm.testing.memory_network import Link, MemoryNetwork
+from simulations.churn.servers import MODEL_ID, StageService
+from simulations.churn.setting import HIDDEN_SIZE, NUM_BLOCKS, STAGES, Setting
+
+
+@dataclass
+class Announced:
+    """All servers, always: who fails is for the client to find out."""
+
+    servers: dict[PeerId, ServerInfo] = field(default_factory=dict)
+
+    async def refresh(self) -> None:
+        """There is never any news."""
+
+
+@dataclass
+class World:
+    """A client among its servers."""
+
+    services: list[StageService]
+    servers: ModelServers
+    rpc: RpcClient
+    config: ClientConfig
+    nursery: trio.Nursery
+
+    @property
+    def num_failures(self) -> int:
+        """Hand-overs that failed so far."""
+        return sum(service.num_failures for service in self.services)
+
+    def session(self, max_length: int) -> Session:
+        """As `DistributedModel.session` makes it. Close it."""
+        return Session(self.servers, self.rpc, self.config, max_length=max_length, nursery=self.nursery)
+
+    def forward_pass(self) -> ForwardPass:
+        return ForwardPass(self.servers, self.rpc, self.config)
+
+
+@asynccontextmanager
+async def open_world(setting: Setting, failure_rate: float, seed: int, config: ClientConfig) -> AsyncIterator[World]:
+    """`setting.num_replicas` servers for each stage, and a client that knows them all."""
+    link = Link(setting.latency_s, setting.simulated_bandwidth_bytes_per_s)
+    memory = MemoryNetwork(Random(seed), link)
+    spans = STAGES * setting.num_replicas
+    async with AsyncExitStack() as stack:
+        networks = [await stack.enter_async_context(memory.node(number)) for number in range(1, len(spans) + 1)]
+        client_network = await stack.enter_async_context(memory.node(len(spans) + 1, listens=False))
+        nursery = await stack.enter_async_context(open_transparent_nursery())
+        services = [
+            StageService(network, span, setting, failure_rate, Random(f"{seed}, server {number}"))
+            for number, (network, span) in enumerate(zip(networks, spans, strict=True))
+        ]
+        for network, service in zip(networks, services, strict=True):
+            await nursery.start(RpcServer(network, service).run)
+        announced = Announced(
+            {network.peer_id: service.announcement() for network, service in zip(networks, services, strict=True)}
+        )
+        rpc = RpcClient(client_network)
+        facts = ModelFacts(MODEL_ID, NUM_BLOCKS, HIDDEN_SIZE)
+        servers = ModelServers(facts, announced, ShortestPathPlanner(), client_network, rpc, config)
+        await servers.measure_round_trips()
+        yield World(services, servers, rpc, config, nursery)
+        rpc.close()
+        nursery.cancel_scope.cancel()

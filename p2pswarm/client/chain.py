@@ -226,7 +226,7 @@ class Chain:
                 await link.send(passage.whole_step(link, None))
         if reply is None:
             late_after_s = times.late_after_s(num_tokens, declared_s, self._config.min_step_timeout_s)
-            reply = await link.reply_within(late_after_s)
+            reply = await link.reply_within(min(late_after_s, self._config.timeout_s(num_tokens)))
         if reply is None and await self._pool.is_alive(hop.peer_id):
             reply = await link.reply_within(self._config.timeout_s(num_tokens))
         if reply is None:

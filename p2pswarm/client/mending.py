@@ -6,7 +6,9 @@ servers for all that follows are worth their replay too. The first chain of a se
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
+import torch
 import trio
 
 from p2pswarm.client.chain import Chain, Passage
@@ -48,27 +50,29 @@ class Mender:
         The failures that came up are returned; then there are still gaps. What could be filled, has been. Raises
         `MissingBlocksError` where no server can be planned.
         """
+        self._widen_to_what_is_remembered(chain, history)
         if chain.gaps:
-            self._widen_to_what_is_remembered(chain, history)
             failures = await self._open(chain, await self._planned(chain, history.length, avoided))
             if failures:
                 return failures
             history.forget_all_but({link.hop.span.start for link in chain.links})
+        answers: torch.Tensor | None = None
         try:
             for link in list(chain.links):
-                if link.length < history.length:
-                    await self._replay(chain, link, history, passage)
+                is_behind = link.length < history.length
+                answers = await self._replay(chain, link, history, passage, answers) if is_behind else None
         except HopFailed as failed:
             return [failed]
         return []
 
     def _widen_to_what_is_remembered(self, chain: Chain, history: InputHistory) -> None:
-        """Where a gap's inputs were let go of, they come out of the blocks before, replayed from further ahead."""
-        for gap in chain.gaps:
-            if history.remembers(gap.start):
-                continue
-            known = max(boundary for boundary in history.boundaries if boundary < gap.start)
-            chain.drop([link for link in chain.links if known <= link.hop.span.start < gap.start])
+        """Where the inputs of missing blocks were let go of, they come out of the blocks before, run once more."""
+        starts = [gap.start for gap in chain.gaps]
+        starts += [link.hop.span.start for link in chain.links if link.length < history.length]
+        for start in starts:
+            if not history.remembers(start):
+                known = max(boundary for boundary in history.boundaries if boundary < start)
+                chain.drop([link for link in chain.links if known <= link.hop.span.start <= start])
 
     async def _planned(self, chain: Chain, position: int, avoided: frozenset[PeerId]) -> dict[Hop, ServerInfo]:
         """The hops to open, with what their servers announce now. Links that the plan goes without are dropped."""
@@ -113,17 +117,31 @@ class Mender:
                 opening.start_soon(open_hop, hop, server)
         return failures
 
-    async def _replay(self, chain: Chain, link: Link, history: InputHistory, passage: Passage) -> None:
-        """Sends all inputs of the link's blocks from position 0 on. Raises `HopFailed`, with the link dropped."""
+    async def _replay(
+        self, chain: Chain, link: Link, history: InputHistory, passage: Passage, answers_before: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Sends all inputs of the link's blocks from position 0 on; the answers [batch, length, hidden].
+
+        `answers_before` are those of the link before, if it was replayed just now: they stand in for inputs that there
+        is no room to remember. Raises `HopFailed`, with the link dropped.
+        """
         start, end = link.hop.span.start, link.hop.span.end
-        brings_news = end < chain.span.end and not history.remembers(end)
-        parts = list(in_parts(history.replay(start), self._config.max_step_bytes))
-        for number, part in enumerate(parts):
-            part_passage = Passage(passage.step_id - len(parts) + number, part, self._terms.codec)
-            answer = await chain.run_link(link, part_passage)
-            if brings_news:
-                history.put(end, part.position, answer)
+        if history.remembers(start):
+            inputs = history.replay(start)
+        else:
+            assert answers_before is not None, "the gap was not widened"
+            inputs = replace(history.replay(chain.span.start), hidden_states=answers_before)
+        parts = list(in_parts(inputs, self._config.max_step_bytes))
+        first_id = passage.step_id - len(parts)
+        answers = [
+            await chain.run_link(link, Passage(first_id + number, part, self._terms.codec))
+            for number, part in enumerate(parts)
+        ]
         link.filled_step_id = passage.step_id
+        whole = answers[0] if len(answers) == 1 else torch.cat(answers, dim=1)
+        if end < chain.span.end and not history.remembers(end):
+            history.put(end, 0, whole)
+        return whole
 
 
 def _directly_after(gap: Span, links: Sequence[Link]) -> list[Link]:

@@ -31,8 +31,8 @@ from p2pswarm.directory.view import ModelView
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Network
 from p2pswarm.routing.bans import BanList
+from p2pswarm.routing.dstar_planner import DStarLitePlanner
 from p2pswarm.routing.planner import ServerFilter
-from p2pswarm.routing.shortest_path import ShortestPathPlanner
 from p2pswarm.rpc.client import RpcClient
 
 FIND_AGAIN_AFTER_S = 1.0
@@ -95,7 +95,7 @@ class Swarm:
         text_config = checkpoint.config.get_text_config(decoder=True)
         facts = ModelFacts(model_id, checkpoint.num_blocks, int(text_config.hidden_size))
         only = ServerFilter(config.allowed_servers, config.blocked_servers)
-        planner = ShortestPathPlanner(config.costs, only, BanList(config.ban_s))
+        planner = DStarLitePlanner(config.costs, only, BanList(config.ban_s))
         return ModelServers(facts, await self._watch(model_id), planner, self.network, self.rpc, config)
 
     async def _watch(self, model_id: ModelId) -> ModelView:

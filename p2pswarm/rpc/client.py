@@ -26,10 +26,12 @@ from p2pswarm.wire.messages import (
     InfoRequest,
     Message,
     OpenSession,
+    Push,
+    PushReply,
     SessionOpened,
 )
 
-Reply = TypeVar("Reply", InfoReply, ForwardReply, SessionOpened)
+Reply = TypeVar("Reply", InfoReply, ForwardReply, PushReply, SessionOpened)
 
 
 class RpcClient:
@@ -68,6 +70,15 @@ class RpcClient:
                 peer_id,
             )
         return reply
+
+    async def push(self, peer_id: PeerId, push: Push, timeout_s: float) -> None:
+        """Returns when the peer has taken the push. Raises as `forward` does."""
+        framed, _ = await self._call(peer_id, push, PushReply, timeout_s)
+        self._pool.put(framed)
+
+    def has_idle_stream(self, peer_id: PeerId) -> bool:
+        """Whether the next call to the peer finds an open stream."""
+        return self._pool.has(peer_id)
 
     @contextlib.asynccontextmanager
     async def open_session(

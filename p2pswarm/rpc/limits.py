@@ -32,6 +32,10 @@ class RpcLimits:
     """For the service to answer, waiting for the device included."""
     send_timeout_s: float = 30.0
     """For the peer to take an answer."""
+    push_wait_s: float = 10.0
+    """For the step that a pushed input belongs to: its header is sent first, from farther away."""
+    push_timeout_s: float = 30.0
+    """For a push to be taken by the next server. Nobody waits for that."""
 
     max_idle_streams_per_peer: int = 4
     """Kept open by a client for its next call."""

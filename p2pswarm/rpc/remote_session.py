@@ -26,7 +26,8 @@ class RemoteSession:
     """An open session at `peer_id`; made by `RpcClient.open_session`, one step at a time.
 
     A step is sent and its one answer received, `step` does both. After a `PushedStep` the whole `Step` may be sent too,
-    once: the server runs and answers whichever hidden states it gets first.
+    once: the server runs and answers whichever hidden states it gets first. A step that is given up is followed by one
+    with a higher id; what may still be answered to it is passed over.
 
     `RequestRefused` and `ServerBusy` mean that the step changed nothing, and the session goes on with a new step id. It
     is over after any other error, and after a cancelled call: `ServerFailed`, `SessionLost`, `ConnectionLost`,
@@ -36,6 +37,8 @@ class RemoteSession:
     def __init__(self, framed: FramedStream, request: OpenSession) -> None:
         self.request = request
         self._framed = framed
+        self._unanswered: set[int] = set()
+        """Ids of the steps that were sent."""
         self._is_in_use = False
         self._is_over = False
 
@@ -62,6 +65,7 @@ class RemoteSession:
     async def send(self, step: Step | PushedStep, timeout_s: float = DEFAULT_RPC_LIMITS.send_timeout_s) -> None:
         """Returns when the step is on its way, which waits for the server's window where the step is long."""
         self._check_usable()
+        self._unanswered.add(step.step_id)
         self._is_in_use = True
         try:
             with deadline(timeout_s, self.peer_id, "take a step"):
@@ -90,7 +94,8 @@ class RemoteSession:
         self._is_in_use = True
         try:
             with trio.move_on_after(timeout_s) as scope:
-                answer = await receive_answer(self._framed)
+                while self._is_late(answer := await receive_answer(self._framed), step):
+                    pass
         except BaseException:
             self.close()
             raise
@@ -110,6 +115,14 @@ class RemoteSession:
             raise SessionClosed(f"the session at {self.peer_id} is over")
         if self._is_in_use:
             raise trio.BusyResourceError("another task is in the middle of a step of this session")
+
+    def _is_late(self, answer: Message, step: Step | PushedStep) -> bool:
+        """Whether it answers a step that was sent before this one and given up."""
+        step_id = answer.step_id if isinstance(answer, StepReply | ErrorReply) else None
+        if step_id not in self._unanswered:
+            return False
+        self._unanswered.remove(step_id)
+        return step_id < step.step_id
 
     def _check(self, step: Step | PushedStep, answer: Message) -> StepReply:
         match answer:

@@ -10,8 +10,11 @@ import trio
 
 from p2pswarm.core.errors import ServerBusy
 from p2pswarm.net.network import Network, Stream
+from p2pswarm.rpc.answered_stream import GOODBYE_TIMEOUT_S
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL, RpcLimits
-from p2pswarm.rpc.served_stream import CLOSE_SESSION_TIMEOUT_S, GOODBYE_TIMEOUT_S, ServedStream
+from p2pswarm.rpc.push_exchange import PushExchange
+from p2pswarm.rpc.pusher import Pusher
+from p2pswarm.rpc.served_stream import CLOSE_SESSION_TIMEOUT_S, Served, ServedStream
 from p2pswarm.rpc.service import RpcService
 from p2pswarm.rpc.usage import Usage
 from p2pswarm.wire.framed_stream import FramedStream
@@ -32,6 +35,8 @@ class RpcStatistics:
     """Streams with a request in work."""
     received_bytes: int
     """Of requests still coming or in work."""
+    num_pushes_waiting: int
+    """For the steps that they belong to."""
     num_streams_served: int
     num_streams_refused: int
 
@@ -41,9 +46,11 @@ class RpcServer:
 
     def __init__(self, network: Network, service: RpcService, limits: RpcLimits = DEFAULT_RPC_LIMITS) -> None:
         self._network = network
-        self._service = service
         self._limits = limits
         self._usage = Usage(limits)
+        self._pushes = PushExchange(limits.push_wait_s)
+        self._pusher = Pusher(network, limits)
+        self._served = Served(service, limits, self._usage, self._pushes, self._pusher)
         self._streams: set[ServedStream] = set()
         self._is_draining = False
         self._is_over = False
@@ -60,6 +67,7 @@ class RpcServer:
             self._is_over = True
             with trio.move_on_after(CLOSE_SESSION_TIMEOUT_S + GOODBYE_TIMEOUT_S, shield=True):
                 await self._hand_back_all()
+            self._pusher.close()
 
     def stop_accepting(self) -> None:
         """From now on new sessions and batches are answered `DRAINING`; open sessions go on."""
@@ -88,6 +96,7 @@ class RpcServer:
             num_sessions=self._usage.num_sessions,
             num_busy=sum(served.is_busy for served in self._streams),
             received_bytes=self._usage.received_bytes,
+            num_pushes_waiting=self._pushes.num_waiting,
             num_streams_served=self._num_served,
             num_streams_refused=self._num_refused,
         )
@@ -104,9 +113,7 @@ class RpcServer:
             return
         try:
             with self._usage.stream(stream.peer_id) as budget:
-                served = ServedStream(
-                    FramedStream(stream, self._limits.wire, budget), self._service, self._usage, self._limits
-                )
+                served = ServedStream(FramedStream(stream, self._limits.wire, budget), self._served)
                 served.is_draining = self._is_draining
                 self._streams.add(served)
                 self._num_served += 1
@@ -116,4 +123,4 @@ class RpcServer:
                     self._streams.remove(served)
         except ServerBusy as error:
             self._num_refused += 1
-            await ServedStream(FramedStream(stream), self._service, self._usage, self._limits).refuse(error)
+            await ServedStream(FramedStream(stream), self._served).refuse(error)

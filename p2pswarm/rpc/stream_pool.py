@@ -32,6 +32,11 @@ class StreamPool:
                 return entry[1]
         return None
 
+    def has(self, peer_id: PeerId) -> bool:
+        """Whether a stream of the peer is kept."""
+        self._close_old()
+        return any(kept.peer_id == peer_id for _, kept in self._idle)
+
     def put(self, framed: FramedStream) -> None:
         """Keeps the stream for a later call, or closes it where enough are kept."""
         self._close_old()

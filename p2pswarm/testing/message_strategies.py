@@ -132,7 +132,7 @@ def messages() -> st.SearchStrategy[Message]:
     """Every type of message."""
     answers = st.builds(tuple, st.tuples(st.integers(1, 2), st.integers(0, 3), st.integers(1, 4))).flatmap(wire_tensors)
     return st.one_of(
-        st.builds(ErrorReply, st.sampled_from(ErrorCode), _TEXTS),
+        st.builds(ErrorReply, st.sampled_from(ErrorCode), _TEXTS, st.none() | _STEP_IDS),
         st.just(InfoRequest()),
         st.builds(
             InfoReply,

@@ -1,8 +1,11 @@
-"""`open_world`: a server of running sums and two clients over `MemoryNetwork`, for tests of calls and sessions."""
+"""`open_world`: a server of running sums and two clients over `MemoryNetwork`, for tests of calls and sessions.
+
+`open_chain_world`: several such servers and one client, for tests of what servers push to one another.
+"""
 
 import random
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -13,10 +16,11 @@ from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL, RpcLimits
 from p2pswarm.rpc.remote_session import RemoteSession
 from p2pswarm.rpc.server import RpcServer
-from p2pswarm.testing.memory_network import MemoryNetwork
+from p2pswarm.testing.memory_network import DEFAULT_LINK, Link, MemoryNetwork
+from p2pswarm.testing.memory_node import MemoryNode
 from p2pswarm.testing.running_sum_service import SUM_MODEL, SUM_SPAN, RunningSumService, read_rows, wire_rows
 from p2pswarm.wire.framed_stream import FramedStream
-from p2pswarm.wire.messages import Message, OpenSession, Step
+from p2pswarm.wire.messages import Message, NextHop, OpenSession, Step
 
 TIMEOUT_S = 30.0
 
@@ -61,12 +65,58 @@ class World:
 
     async def until_quiet(self) -> None:
         """Waits until the server holds nothing any more; fails after the longest timeout it has."""
-        with trio.fail_after(1000):
-            while self.server.statistics().num_streams:  # noqa: ASYNC110 - the server announces this to nobody
-                await trio.sleep(0.1)
-        statistics = self.server.statistics()
-        assert (statistics.num_peers, statistics.num_sessions, statistics.received_bytes) == (0, 0, 0)
-        assert self.service.num_opened == self.service.num_closed
+        await until_quiet(self.server, self.service)
+
+
+async def until_quiet(server: RpcServer, service: RunningSumService) -> None:
+    """Waits until the server holds nothing any more; fails after the longest timeout it has."""
+    with trio.fail_after(1000):
+        while server.statistics().num_streams:  # noqa: ASYNC110 - the server announces this to nobody
+            await trio.sleep(0.1)
+    statistics = server.statistics()
+    assert (statistics.num_peers, statistics.num_sessions, statistics.received_bytes) == (0, 0, 0)
+    assert statistics.num_pushes_waiting == 0
+    assert service.num_opened == service.num_closed
+
+
+@dataclass
+class ChainServer:
+    """One server of a chain."""
+
+    node: MemoryNode
+    service: RunningSumService
+    server: RpcServer
+
+    @property
+    def peer_id(self) -> PeerId:
+        return self.node.peer_id
+
+    def hop(self, session_id: str) -> NextHop:
+        """What is said to who pushes to a session here."""
+        return NextHop(self.peer_id, SessionId(session_id), self.node.addresses)
+
+    async def run(self, *, task_status: trio.TaskStatus[None]) -> None:
+        await self.server.run(task_status=task_status)
+
+
+@dataclass
+class ChainWorld:
+    """A client, connected to servers that do not know one another."""
+
+    memory: MemoryNetwork
+    network: Network
+    client: RpcClient
+    servers: Sequence[ChainServer]
+
+    def open_session(self, index: int, session_id: str) -> AbstractAsyncContextManager[RemoteSession]:
+        """A session at the server of that number."""
+        return self.client.open_session(self.servers[index].peer_id, open_request(session_id), TIMEOUT_S)
+
+    async def until_quiet(self) -> None:
+        """Waits until no server holds anything any more but streams on which others push."""
+        self.client.close()
+        for server in self.servers:
+            await until_quiet(server.server, server.service)
 
 
 def open_request(session_id: str = "session", max_length: int = 100, batch_size: int = 1) -> OpenSession:
@@ -110,3 +160,23 @@ async def open_world(
             other_client=RpcClient(other, limits),
         )
         tasks.cancel_scope.cancel()
+
+
+@asynccontextmanager
+async def open_chain_world(
+    num_servers: int, *, link: Link = DEFAULT_LINK, delay_s: float = 0.0, limits: RpcLimits = DEFAULT_RPC_LIMITS
+) -> AsyncIterator[ChainWorld]:
+    """The servers, which take `delay_s` for a step, and the client; all of it ends with the block."""
+    memory = MemoryNetwork(random.Random(5), link)
+    async with AsyncExitStack() as stack:
+        servers = []
+        for number in range(num_servers):
+            node = await stack.enter_async_context(memory.node(number + 1))
+            service = RunningSumService(delay_s=delay_s)
+            servers.append(ChainServer(node, service, RpcServer(node, service, limits)))
+        async with memory.node(100) as network, trio.open_nursery() as tasks:
+            for server in servers:
+                await tasks.start(server.run)
+                await network.connect(server.node.addresses[0])
+            yield ChainWorld(memory, network, RpcClient(network, limits), servers)
+            tasks.cancel_scope.cancel()

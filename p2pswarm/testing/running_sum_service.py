@@ -4,6 +4,7 @@ A token's answer is the sum of all tokens of its row up to itself, so that a los
 every answer after it, and going back to a position must be exact. No torch.
 """
 
+import math
 import struct
 from collections.abc import Sequence
 
@@ -85,6 +86,8 @@ class RunningSumSession:
             raise BadRequest(f"position {step.position} is beyond the {len(self._rows[0])} tokens in the cache")
         if step.position + step.num_tokens > self._request.max_length:
             raise BadRequest(f"this session has room for {self._request.max_length} tokens")
+        if not all(math.isfinite(value) for row in new_rows for value in row):
+            raise BadRequest("the hidden states hold values that are not finite")
         await self._service.work()
         self._rows = [row[: step.position] + new for row, new in zip(self._rows, new_rows, strict=True)]
         answer = wire_rows([_sums(row)[step.position :] for row in self._rows])

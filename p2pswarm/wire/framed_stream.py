@@ -126,6 +126,16 @@ class FramedStream:
         self._decoder = FrameDecoder(self._limits, self.peer_id)
         self._charge(0)
 
+    @property
+    def charged_bytes(self) -> int:
+        """What the message that came last, or has come of the next one, takes of the budget."""
+        return self._charged_bytes
+
+    def hold(self, num_bytes: int) -> None:
+        """Charges so much besides, for what is still worked on, or (below zero) gives it back."""
+        if self._budget is not None:
+            self._budget.change(num_bytes)
+
     def _charge(self, num_bytes: int) -> None:
         if self._budget is not None and num_bytes != self._charged_bytes:
             self._budget.change(num_bytes - self._charged_bytes)

@@ -113,10 +113,14 @@ class ErrorCode(Enum):
 class ErrorReply:
     code: ErrorCode
     message: str
+    step_id: int | None = None
+    """Of the step that it answers, in a session."""
 
     def __post_init__(self) -> None:
         if len(self.message) > MAX_TEXT_CHARACTERS:
             raise ConfigError(f"an error message has at most {MAX_TEXT_CHARACTERS} characters, got {len(self.message)}")
+        if self.step_id is not None:
+            _check_range(self.step_id, 0, MAX_STEP_ID, "step_id")
 
     @classmethod
     def shortened(cls, code: ErrorCode, message: str) -> "ErrorReply":

@@ -155,11 +155,18 @@ def _codec_named(fields: Fields, name: str) -> Codec:
 
 
 def _error_values(message: ErrorReply) -> dict[str, Any]:
-    return {"code": message.code.value, "message": message.message}
+    values: dict[str, Any] = {"code": message.code.value, "message": message.message}
+    if message.step_id is not None:
+        values["step_id"] = message.step_id
+    return values
 
 
 def _read_error(fields: Fields, _: _Tensors) -> ErrorReply:
-    return ErrorReply(_ERROR_CODES.get(fields.text("code"), ErrorCode.INTERNAL), fields.text("message", default=""))
+    return ErrorReply(
+        code=_ERROR_CODES.get(fields.text("code"), ErrorCode.INTERNAL),
+        message=fields.text("message", default=""),
+        step_id=fields.integer("step_id") if fields.has("step_id") else None,
+    )
 
 
 def _no_values(_: Message) -> dict[str, Any]:

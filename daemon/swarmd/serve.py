@@ -32,7 +32,7 @@ from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Network
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
-from swarmd.block_choice import worst_served_span
+from swarmd.block_taking import take_worst_served
 from swarmd.config import ServerConfig
 from swarmd.device_thread import DeviceThread, open_device_thread
 from swarmd.events import Events
@@ -131,12 +131,18 @@ async def _start(config: ServerConfig, around: Surroundings, nursery: trio.Nurse
     opened = await device.run(partial(engine.open_model, config))
     if opened.warning is not None:
         events("warning", message=opened.warning)
-    span = await _choose_blocks(config, around, opened, joined)
-    events("loading", model=opened.checkpoint.name, blocks=str(span), dtype=opened.dtype_name)
-    presence = Presence(around.announcer, joining_info(config, around.network, opened, span))
+    num_blocks = await _num_blocks_to_choose(config, device, opened)
+    told = config.blocks or Span(0, opened.num_blocks)
+    presence = Presence(around.announcer, joining_info(config, around.network, opened, told))
     loaded: LoadedSpan
-    async with open_transparent_nursery() as loading:
-        loading.start_soon(_announce_joining, presence, joined)
+    async with open_transparent_nursery() as meanwhile:
+        if num_blocks is None:
+            meanwhile.start_soon(_announce_joining, presence, joined)
+        else:
+            await joined.wait()
+            await take_worst_served(num_blocks, presence, Directory(around.dht, around.clock))
+        span = presence.info.span
+        events("loading", model=opened.checkpoint.name, blocks=str(span), dtype=opened.dtype_name)
         loaded = await device.run(partial(engine.load, opened, span, config))
 
     budget = CacheBudget(loaded.cache_tokens, span.num_blocks)
@@ -172,18 +178,14 @@ async def _join(peers: Sequence[str], around: Surroundings, joined: trio.Event) 
     joined.set()
 
 
-async def _choose_blocks(config: ServerConfig, around: Surroundings, opened: "OpenedModel", joined: trio.Event) -> Span:
-    """The blocks that were asked for; else as many as fit, or as were asked for, where the swarm needs them most."""
+async def _num_blocks_to_choose(config: ServerConfig, device: DeviceThread, opened: "OpenedModel") -> int | None:
+    """How many blocks to serve: as many as asked for, or as fit; None where that leaves nothing to choose."""
     if config.blocks is not None:
-        return config.blocks
+        return None
     num_blocks = config.num_blocks
     if num_blocks is None:
-        num_blocks = await around.device.run(opened.num_blocks_that_fit)
-    if num_blocks == opened.num_blocks:
-        return Span(0, num_blocks)
-    await joined.wait()
-    servers = await Directory(around.dht, around.clock).servers(opened.model_id)
-    return worst_served_span(opened.num_blocks, num_blocks, servers.values())
+        num_blocks = await device.run(opened.num_blocks_that_fit)
+    return None if num_blocks == opened.num_blocks else num_blocks
 
 
 async def _announce_joining(presence: Presence, joined: trio.Event) -> None:

@@ -31,6 +31,9 @@ class Span:
     def contains(self, other: "Span") -> bool:
         return self.start <= other.start and other.end <= self.end
 
+    def overlaps(self, other: "Span") -> bool:
+        return self.start < other.end and other.start < self.end
+
     def covers(self, block_index: int) -> bool:
         return self.start <= block_index < self.end
 

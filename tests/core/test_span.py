@@ -37,3 +37,14 @@ def test_the_uncovered_parts_are_exactly_the_blocks_that_no_span_holds(held: lis
         block for block in range(within.start, within.end) if not any(span.covers(block) for span in held)
     ]
     assert all(left.end < right.start for left, right in itertools.pairwise(gaps))
+
+
+def test_spans_that_share_a_block_overlap() -> None:
+    span = Span(3, 6)
+    assert [span.overlaps(Span(*ends)) for ends in [(0, 3), (0, 4), (4, 5), (5, 9), (6, 9)]] == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]

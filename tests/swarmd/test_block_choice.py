@@ -3,14 +3,14 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
-from p2pswarm.core.span import Span
-from swarmd.block_choice import block_throughputs, num_blocks_that_fit, worst_served_span
+from p2pswarm.core.span import Span, uncovered
+from swarmd.block_choice import block_throughputs, num_blocks_that_fit, settled_span, worst_served_span
 
 
 def server(start: int, end: int, throughput: float = 10.0, state: ServerState = ServerState.ONLINE) -> ServerInfo:
@@ -43,6 +43,15 @@ def test_servers_about_to_come_count_and_those_leaving_do_not() -> None:
     assert worst_served_span(20, 10, [replace(joining, state=ServerState.DRAINING)]) == Span(0, 10)
 
 
+def test_a_server_that_has_measured_nothing_yet_counts_like_the_others() -> None:
+    joining = server(0, 10, 0.0, ServerState.JOINING)
+    assert worst_served_span(20, 10, [joining]) == Span(10, 20)
+    assert block_throughputs(2, [server(0, 1, 5.0), server(0, 1, 7.0), server(1, 2, 0.0, ServerState.JOINING)]) == [
+        12,
+        6,
+    ]
+
+
 def test_the_weakest_server_is_helped_where_all_blocks_are_served() -> None:
     assert worst_served_span(30, 10, [server(0, 10, 5.0), server(10, 20, 3.0), server(20, 30, 9.0)]) == Span(10, 20)
 
@@ -73,3 +82,51 @@ def test_as_many_blocks_are_loaded_as_leave_room_for_the_rest() -> None:
     assert num_blocks_that_fit(free_bytes=100, bytes_per_block=10, num_model_blocks=30) == 6
     assert num_blocks_that_fit(free_bytes=1000, bytes_per_block=10, num_model_blocks=30) == 30
     assert num_blocks_that_fit(free_bytes=1, bytes_per_block=10, num_model_blocks=30) == 1
+
+
+def newcomer(name: str, start: int, end: int) -> ServerInfo:
+    return replace(server(start, end, 0.0, ServerState.JOINING), peer_id=PeerId(name))
+
+
+def test_of_two_that_chose_the_same_the_higher_id_moves() -> None:
+    one, other = newcomer("a", 0, 10), newcomer("b", 0, 10)
+    assert settled_span(one, [one, other]) == Span(0, 10)
+    assert settled_span(other, [one, other]) == Span(10, 20)
+
+
+def test_who_came_with_other_blocks_or_is_ready_moves_nobody() -> None:
+    own = newcomer("z", 10, 20)
+    assert settled_span(own, [own, newcomer("a", 0, 10), newcomer("b", 0, 10)]) == Span(10, 20)
+    assert settled_span(own, [own, server(0, 10), server(10, 20)]) == Span(10, 20)
+
+
+def test_who_became_ready_meanwhile_counts_where_to_move() -> None:
+    own = newcomer("z", 0, 10)
+    assert settled_span(own, [own, newcomer("a", 0, 10), server(10, 20)]) == Span(20, 30)
+
+
+@given(
+    online=st.lists(st.tuples(spans, st.floats(0.5, 100.0)), max_size=4),
+    num_blocks=st.integers(1, 12),
+    num_newcomers=st.integers(1, 14),
+)
+@settings(deadline=None)
+def test_many_that_start_at_once_end_up_where_they_would_have_one_after_the_other(
+    online: list[tuple[tuple[int, int], float]], num_blocks: int, num_newcomers: int
+) -> None:
+    ready = [
+        replace(server(start, end, throughput), peer_id=PeerId(f"ready-{number}"), num_model_blocks=12)
+        for number, ((start, end), throughput) in enumerate(online)
+    ]
+    same = worst_served_span(12, num_blocks, ready)
+    newcomers = [
+        replace(newcomer(f"{number:02}", same.start, same.end), num_model_blocks=12) for number in range(num_newcomers)
+    ]
+    settled = [settled_span(own, [*ready, *newcomers]) for own in newcomers]
+    in_turn: list[ServerInfo] = []
+    for own in newcomers:
+        span = worst_served_span(12, num_blocks, [*ready, *in_turn])
+        in_turn.append(replace(own, span=span))
+    assert settled == [own.span for own in in_turn]
+    if num_newcomers * num_blocks >= 12:
+        assert not uncovered(settled + [info.span for info in ready], Span(0, 12))

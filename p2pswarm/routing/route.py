@@ -24,7 +24,7 @@ class Route:
 
     hops: tuple[Hop, ...]
     cost_us: int = 0
-    """What the planner expects one decoded token to take."""
+    """What the planner expects one decoded token to take; 0 where it did not look for the fastest route."""
 
     def __post_init__(self) -> None:
         if not self.hops:

@@ -4,35 +4,42 @@ The same facts give the same route: ties go to fewer hops, then to the lowest pe
 """
 
 from collections.abc import Iterable, Mapping
+from random import Random, SystemRandom
 
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.core.span import Span
 from p2pswarm.routing.bans import Ban, BanList, BanReason
 from p2pswarm.routing.costs import CostModel
 from p2pswarm.routing.graph import TIES, AtClient, SpanGraph, Vertex, boundaries_within, hops_along
+from p2pswarm.routing.known_servers import KnownServers
 from p2pswarm.routing.objections import Admission, missing_blocks
-from p2pswarm.routing.planner import RepairRequest, RouteRequest, ServerFilter
+from p2pswarm.routing.planner import RepairRequest, RouteMode, RouteRequest, ServerFilter
 from p2pswarm.routing.prices import DecodePrices
 from p2pswarm.routing.repair import Repair
 from p2pswarm.routing.route import Route
 from p2pswarm.routing.search import Graph
+from p2pswarm.routing.spread import spread_hops
 
 
 class ShortestPathPlanner:
     """A `Planner` that searches the whole graph each time."""
 
     def __init__(
-        self, costs: CostModel | None = None, servers: ServerFilter | None = None, bans: BanList | None = None
+        self,
+        costs: CostModel | None = None,
+        servers: ServerFilter | None = None,
+        bans: BanList | None = None,
+        random: Random | None = None,
     ) -> None:
         self._costs = costs or CostModel()
         self._filter = servers or ServerFilter()
         self._bans = bans or BanList()
-        self._servers: dict[PeerId, ServerInfo] = {}
-        self._round_trips_s: dict[PeerId, float] = {}
+        self._random = random or SystemRandom()
+        self._known = KnownServers()
 
     def update(self, servers: Iterable[ServerInfo], round_trips_s: Mapping[PeerId, float]) -> None:
-        self._servers = {server.peer_id: server for server in servers}
-        self._round_trips_s = dict(round_trips_s)
+        self._known.update(servers, round_trips_s)
 
     def ban(self, peer_id: PeerId, now_s: float, reason: BanReason) -> None:
         self._bans.add(peer_id, now_s, reason)
@@ -44,27 +51,37 @@ class ShortestPathPlanner:
         return self._bans.active(now_s)
 
     def plan(self, request: RouteRequest, now_s: float) -> Route:
-        usable, objections = self._admission(now_s).divide(self._servers.values(), request)
-        error = missing_blocks(request.span, (one.span for one in usable.values()), self._servers, objections)
-        if error is not None:
-            raise error
-        boundaries = boundaries_within(usable.values(), request.span)
-        graph: Graph[Vertex] = Graph(SpanGraph(usable, boundaries, self._prices(request), request.pushes).edges())
-        found = graph.shortest_path(AtClient(request.span.start), AtClient(request.span.end))
-        assert found is not None, f"blocks {request.span} are covered, yet no path was found"
+        if request.mode is RouteMode.MAX_THROUGHPUT:
+            usable = self._usable(request, request.span, now_s)
+            return Route(spread_hops(request.span, list(usable.values()), self._random))
+        found = self._shortest_path(request, now_s)
+        if found is None:
+            self._usable(request, request.span, now_s)
+            raise AssertionError(f"blocks {request.span} are covered, yet no path was found")
         weight, path = found
         return Route(hops_along(path), weight // TIES)
 
     def repair(self, request: RepairRequest, now_s: float) -> Route:
-        usable, objections = self._admission(now_s).divide(self._servers.values(), request.request)
-        wanted = request.request.span
-        error = missing_blocks(wanted, (one.span for one in usable.values()), self._servers, objections)
+        usable = self._usable(request.request, request.request.span, now_s)
+        return Repair(request, usable, self._known.servers, self._prices(request.request)).route()
+
+    def _shortest_path(self, request: RouteRequest, now_s: float) -> tuple[int, list[Vertex]] | None:
+        """The weight and the vertices of the cheapest path through the request's blocks; None where there is none."""
+        usable, _ = self._admission(now_s).divide(self._known.servers.values(), request)
+        boundaries = boundaries_within(usable.values(), request.span)
+        graph: Graph[Vertex] = Graph(SpanGraph(usable, boundaries, self._prices(request), request.pushes).edges())
+        return graph.shortest_path(AtClient(request.span.start), AtClient(request.span.end))
+
+    def _usable(self, request: RouteRequest, wanted: Span, now_s: float) -> dict[PeerId, ServerInfo]:
+        """The servers that may be in the route. Raises `MissingBlocksError` unless they hold all wanted blocks."""
+        usable, objections = self._admission(now_s).divide(self._known.servers.values(), request)
+        error = missing_blocks(wanted, (one.span for one in usable.values()), self._known.servers, objections)
         if error is not None:
             raise error
-        return Repair(request, usable, self._servers, self._prices(request.request)).route()
+        return usable
 
     def _admission(self, now_s: float) -> Admission:
         return Admission(self._filter, self._bans.active(now_s), now_s)
 
     def _prices(self, request: RouteRequest) -> DecodePrices:
-        return DecodePrices(self._costs, self._round_trips_s, request.cache_tokens)
+        return DecodePrices(self._costs, self._known.round_trips_s, request.cache_tokens)

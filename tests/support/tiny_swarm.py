@@ -24,7 +24,7 @@ from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.net.network import Network
-from p2pswarm.routing.shortest_path import ShortestPathPlanner
+from p2pswarm.routing.dstar_planner import DStarLitePlanner
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
 from p2pswarm.testing.memory_network import Link, MemoryNetwork
@@ -128,7 +128,7 @@ def client_model(
     rpc = RpcClient(network)
     hidden_size: Any = checkpoint.config.hidden_size
     facts = ModelFacts(checkpoint.model_id, checkpoint.num_blocks, hidden_size)
-    servers = ModelServers(facts, view, ShortestPathPlanner(), network, rpc, config)
+    servers = ModelServers(facts, view, DStarLitePlanner(), network, rpc, config)
     forward_pass = ForwardPass(servers, rpc, config)
     shell = load_client_model(checkpoint, BlocksDispatch(forward_pass.run, call))
     return DistributedModel(checkpoint, shell, servers, forward_pass, rpc, config)

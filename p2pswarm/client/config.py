@@ -49,7 +49,7 @@ class ClientConfig:
     """Of a session's inputs kept for replays. Beyond it, a lost server costs the replay of servers before it too."""
     history_dtype: Literal["float16", "bfloat16"] | None = None
     """None: as sent. Half precision saves memory, and makes what follows a recovery inexact."""
-    use_push: bool = False
+    use_push: bool = True
     """Servers hand on to each other what they can; the client relays the rest."""
     ban_s: float = 15.0
     """How long a failed server is left out of new routes; twice as long each further time."""

@@ -36,7 +36,7 @@ async def talk(model: DistributedModel, options: dict[str, Any]) -> None:
             new_ids = continue_session(session, _encode(model, messages))
             answer = await generate_text(model, session, new_ids, options, write_out)
             print(flush=True)
-            print_summary(console, answer.timing, session.route, model.servers.known)
+            print_summary(console, answer.timing, session, model.servers.known)
             messages.append({"role": "assistant", "content": answer.text})
 
 

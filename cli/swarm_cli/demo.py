@@ -53,7 +53,7 @@ async def _write(model: str, peers: Sequence[str], arguments: argparse.Namespace
         async with distributed.session(max_length=len(prompt_ids) + arguments.max_new_tokens) as session:
             generated = await generate_text(distributed, session, prompt_ids, options, write_out)
             write_out("\n\n")
-            print_summary(console, generated.timing, session.route, distributed.servers.known)
+            print_summary(console, generated.timing, session, distributed.servers.known)
         if arguments.verify:
             await _verify(distributed, prompt_ids, options, generated.token_ids)
             console.print(f"[green]verified[/] the local model gives the same {len(generated.token_ids)} tokens")

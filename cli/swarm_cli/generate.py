@@ -62,7 +62,7 @@ async def _answer_once(model: DistributedModel, prompt_ids: list[int], options: 
         else:
             generated = await generate_text(model, session, prompt_ids, options, write_out)
             print(flush=True)
-            print_summary(Console(stderr=True), generated.timing, session.route, model.servers.known)
+            print_summary(Console(stderr=True), generated.timing, session, model.servers.known)
 
 
 def json_answer(
@@ -78,4 +78,5 @@ def json_answer(
         "model_id": model.model_id,
         "num_prompt_tokens": num_prompt_tokens,
         "total_s": round(generated.timing.total_s, 4),
+        "num_recoveries": session.num_recoveries,
     }

@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from p2pswarm.client.session import Session
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.routing.route import Route, short_peer
@@ -51,12 +52,13 @@ def server_name(peer_id: PeerId, servers: Mapping[PeerId, ServerInfo]) -> str:
     return (servers[peer_id].public_name if peer_id in servers else "") or short_peer(peer_id)
 
 
-def print_summary(console: Console, timing: Timing, route: Route | None, servers: Mapping[PeerId, ServerInfo]) -> None:
-    """The route and the speed, on two lines."""
-    console.print(f"[dim]route[/] {route_in_words(route, servers)}", highlight=False, soft_wrap=True)
+def print_summary(console: Console, timing: Timing, session: Session, servers: Mapping[PeerId, ServerInfo]) -> None:
+    """The route and the speed, on two lines, and how often servers had to be replaced."""
+    console.print(f"[dim]route[/] {route_in_words(session.route, servers)}", highlight=False, soft_wrap=True)
+    recoveries = f", {session.num_recoveries} recoveries from failed servers" if session.num_recoveries else ""
     console.print(
         f"[dim]speed[/] {timing.tokens_per_s:.1f} tokens/s, first token after {timing.time_to_first_token_s:.2f} s, "
-        f"{timing.num_tokens} tokens",
+        f"{timing.num_tokens} tokens{recoveries}",
         highlight=False,
         soft_wrap=True,
     )

@@ -47,7 +47,7 @@ class Recovery:
         self.num_failures = 0
         self._config = config
         self._deadline_s: float | None = None
-        self._num_waits = 0
+        self.num_waits = 0
         self._failed: set[PeerId] = set()
 
     def after_failure(self, error: HopFailure, blocks: Span, now_s: float) -> None:
@@ -74,8 +74,8 @@ class Recovery:
         self.avoided.clear()
         if isinstance(self.last_failure, RequestRefused):
             raise self.last_failure
-        wait_s = min(FIRST_WAIT_S * 2.0**self._num_waits, LONGEST_WAIT_S)
-        self._num_waits += 1
+        wait_s = min(FIRST_WAIT_S * 2.0**self.num_waits, LONGEST_WAIT_S)
+        self.num_waits += 1
         assert self._deadline_s is not None
         return min(wait_s, self._deadline_s - now_s)
 

@@ -197,7 +197,10 @@ class Session:
         """Waits until another try makes sense. Raises the error when it does not, or when the time is up."""
         if running.route is None and not self._servers.may_return(error.missing, self.max_length):
             raise recovery.explained(error)
-        await trio.sleep(recovery.wait_s(error, trio.current_time()))
+        wait_s = recovery.wait_s(error, trio.current_time())
+        if recovery.num_waits == 1:
+            logger.warning("waiting up to %g s for servers: %s", self._config.recovery_timeout_s, error)
+        await trio.sleep(wait_s)
         await self._servers.forgive_living(error.missing)
 
 

@@ -34,10 +34,19 @@ class NetworkConfig:
     max_receive_bytes_per_connection: int = 128 * MIB
     """Unread in all streams together, before no more is taken from the peer; windows grow out of one half of it."""
     max_connections: int = 1024
+    """At this limit the one that has been idle longest is closed for a newcomer."""
     max_connections_per_peer: int = 8
+    idle_connection_timeout_s: float = 300.0
+    """A connection without a stream for so long is closed by the node that dialled it: dialling again takes 10 ms."""
 
     def __post_init__(self) -> None:
-        for name in ("dial_timeout_s", "open_stream_timeout_s", "ping_interval_s", "ping_timeout_s"):
+        for name in (
+            "dial_timeout_s",
+            "open_stream_timeout_s",
+            "ping_interval_s",
+            "ping_timeout_s",
+            "idle_connection_timeout_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} is a time above 0, got {getattr(self, name)}")
         for name in (

@@ -24,6 +24,11 @@ class Connection(Protocol):
     @property
     def round_trip_s(self) -> float | None: ...
 
+    @property
+    def idle_since_s(self) -> float | None:
+        """When its last stream ended, or it was made, on trio's clock; None while a stream is open."""
+        ...
+
     async def run(self) -> None:
         """Carries the streams until the connection ends; raises nothing but `Cancelled`."""
         ...

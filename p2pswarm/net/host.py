@@ -3,16 +3,17 @@
     async with open_network(Identity.generate(), listen=["/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0"]) as network:
         network.serve(ProtocolId("/example/1"), handler)
 
-A connection is dialled when a stream needs one, once for all who ask at the same time, and then kept. How a
-connection comes about is in `upgrade.py`, what runs over it in `mux_connection.py`; this file holds the table of
-connections and the listeners.
+A connection is dialled when a stream needs one, once for all who ask at the same time, and kept until it has been
+without a stream for some minutes. How a connection comes about is in `upgrade.py`, what runs over it in
+`mux_connection.py`; this file holds the table of connections and the listeners.
 """
 
 import contextlib
 import errno
+import itertools
 import logging
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 
 import psutil
@@ -32,6 +33,7 @@ from p2pswarm.net.addresses import (
 from p2pswarm.net.config import DEFAULT_CONFIG, NetworkConfig
 from p2pswarm.net.connection import Connection, ConnectionStream
 from p2pswarm.net.identity import Identity
+from p2pswarm.net.idleness import idle_since_before, longest_idle
 from p2pswarm.net.negotiation import answer, propose
 from p2pswarm.net.network import Network, Stream, StreamHandler
 from p2pswarm.net.serving import run_handler
@@ -41,6 +43,8 @@ from p2pswarm.net.upgrade import Upgrader
 MAX_INBOUND_HANDSHAKES = 128
 """At once; the dial timeout ends each. A stranger who connects and says nothing costs one of these for that long."""
 LISTEN_BACKLOG = 512
+LOOKS_PER_IDLE_TIMEOUT = 4
+"""So an idle connection is closed up to a quarter of its time too late."""
 INTERFACES_LIFETIME_S = 30.0
 """A laptop that changes its network is noticed this late; asking the system costs a millisecond."""
 IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -64,6 +68,7 @@ async def open_network(
     async with open_transparent_nursery() as nursery:
         host = Host(identity, config, nursery, announced)
         try:
+            nursery.start_soon(host.close_idle)
             await host.listen([parse_tcp_address(address) for address in listen])
             yield host
         finally:
@@ -86,6 +91,7 @@ class Host:
         self._dials: SharedCalls[PeerId, Connection] = SharedCalls(nursery)
         self._handlers: dict[ProtocolId, StreamHandler] = {}
         self._connections: dict[PeerId, list[Connection]] = {}
+        self._dialled: set[Connection] = set()
         self._announced = tuple(announced)
         self._listening: list[TcpAddress] = []
         self._interfaces: list[str] = []
@@ -227,7 +233,9 @@ class Host:
     # Connections
 
     def _adopt(self, connection: Connection) -> None:
+        """Takes up a connection that was dialled here."""
         self._remember(connection)
+        self._dialled.add(connection)
         self._nursery.start_soon(self._run_connection, connection)
 
     def _remember(self, connection: Connection) -> None:
@@ -250,11 +258,22 @@ class Host:
             self._forget(connection)
 
     def _forget(self, connection: Connection) -> None:
+        self._dialled.discard(connection)
         connections = self._connections.get(connection.peer_id, [])
         if connection in connections:
             connections.remove(connection)
             if not connections:
                 del self._connections[connection.peer_id]
+
+    async def close_idle(self) -> None:
+        """Closes, as time goes by, what was dialled here and nobody has needed for long."""
+        timeout_s = self._config.idle_connection_timeout_s
+        while True:
+            await trio.sleep(timeout_s / LOOKS_PER_IDLE_TIMEOUT)
+            idle = idle_since_before(self._dialled, trio.current_time() - timeout_s)
+            for connection in idle:
+                self._forget(connection)  # now, so that nobody opens a stream on it any more
+            await self._close_all(idle)
 
     async def disconnect(self, peer_id: PeerId) -> None:
         await trio.lowlevel.checkpoint()
@@ -269,7 +288,10 @@ class Host:
         """Stops listening, then lets every connection say good-bye."""
         self._is_closing = True
         self._listener_scope.cancel()
-        await self._close_all([connection for group in self._connections.values() for connection in group])
+        await self._close_all(list(self._all_connections()))
+
+    def _all_connections(self) -> Iterator[Connection]:
+        return itertools.chain.from_iterable(self._connections.values())
 
     # Listening
 
@@ -294,7 +316,7 @@ class Host:
 
     async def _accept_one(self, stream: trio.SocketStream) -> None:
         """The whole life of an incoming connection; trio closes the socket when this returns."""
-        if not self._has_room():
+        if not self._can_take_one_more():
             return
         try:
             async with self._handshakes:
@@ -306,13 +328,28 @@ class Host:
         if len(self._connections.get(connection.peer_id, ())) >= self._config.max_connections_per_peer:
             logger.warning("%s has too many connections already, one more is refused", connection.peer_id)
             await self._discard(connection)
-        elif not self._is_closing:
+        elif not self._can_take_one_more():
+            await self._discard(connection)
+        else:
+            self._make_room()
             self._remember(connection)
             await self._run_connection(connection)
 
-    def _has_room(self) -> bool:
-        num_connections = sum(map(len, self._connections.values()))
-        return not self._is_closing and num_connections < self._config.max_connections
+    def _can_take_one_more(self) -> bool:
+        is_full = self._num_connections() >= self._config.max_connections
+        return not self._is_closing and (not is_full or longest_idle(self._all_connections()) is not None)
+
+    def _make_room(self) -> None:
+        """For a newcomer, who would otherwise be kept out for as long as others hold on to what they do not use."""
+        if self._num_connections() >= self._config.max_connections:
+            idle = longest_idle(self._all_connections())
+            assert idle is not None, "asked only where there is one"
+            logger.debug("the connection to %s, idle longest of all, is closed for a newcomer", idle.peer_id)
+            self._forget(idle)
+            self._nursery.start_soon(idle.close)
+
+    def _num_connections(self) -> int:
+        return sum(map(len, self._connections.values()))
 
 
 async def _open_listener(address: TcpAddress) -> trio.SocketListener:

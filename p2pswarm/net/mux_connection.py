@@ -84,6 +84,7 @@ class MuxConnection:
     ) -> None:
         self.peer_id = peer_id
         self.round_trip_s: float | None = None
+        self.idle_since_s: float | None = trio.current_time()
         self._transport = transport
         self._config = config
         self._next_stream_id = 1 if is_initiator else 2
@@ -146,6 +147,7 @@ class MuxConnection:
     def _new_stream(self, stream_id: int) -> MuxStream:
         growth = min(MAX_FIRST_GRANT_BYTES - INITIAL_WINDOW_BYTES, self._growth_left_bytes // GRANT_SHARE)
         self._growth_left_bytes -= growth
+        self.idle_since_s = None
         stream = self._streams[stream_id] = MuxStream(self, stream_id, INITIAL_WINDOW_BYTES + growth)
         return stream
 
@@ -301,6 +303,8 @@ class MuxConnection:
         self._growth_left_bytes += stream.receive_window_bytes - INITIAL_WINDOW_BYTES
         if self._is_peers(stream.stream_id):
             self._num_peer_streams -= 1
+        if not self._streams:
+            self.idle_since_s = trio.current_time()
 
     def _is_peers(self, stream_id: int) -> bool:
         return stream_id % 2 != self._next_stream_id % 2

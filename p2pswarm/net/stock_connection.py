@@ -7,6 +7,7 @@ nodes of a swarm speak `mux_connection.py` among themselves and never come here.
 
 import logging
 from collections import deque
+from collections.abc import Callable
 
 import trio
 
@@ -33,6 +34,7 @@ class StockConnection:
     """A `connection.Connection`."""
 
     round_trip_s: float | None = None
+    idle_since_s: float | None
 
     def __init__(self, muxed: IMuxedConn, peer_id: PeerId) -> None:
         self.peer_id = peer_id
@@ -41,6 +43,8 @@ class StockConnection:
         self._changed = trio.Condition()
         self._nursery: trio.Nursery | None = None
         self._is_closed = False
+        self._open: set[StockStream] = set()
+        self.idle_since_s = trio.current_time()
 
     @property
     def is_closed(self) -> bool:
@@ -73,9 +77,18 @@ class StockConnection:
     def _start(self, muxed_stream: IMuxedStream) -> "StockStream":
         if self._nursery is None:
             raise ConnectionLost(f"the connection to {self.peer_id} does not run", self.peer_id)
-        stream = StockStream(muxed_stream, self.peer_id, self._nursery)
+        stream = StockStream(muxed_stream, self.peer_id, self._nursery, self._note_end)
+        self._open.add(stream)
+        self.idle_since_s = None
         self._nursery.start_soon(stream.read_ahead)
         return stream
+
+    def _note_end(self, stream: "StockStream") -> None:
+        if stream not in self._open:
+            return
+        self._open.remove(stream)
+        if not self._open:
+            self.idle_since_s = trio.current_time()
 
     async def _mark_closed(self) -> None:
         self._is_closed = True
@@ -109,11 +122,19 @@ class StockConnection:
 class StockStream:
     """A `connection.ConnectionStream`."""
 
-    def __init__(self, muxed: IMuxedStream, peer_id: PeerId, nursery: trio.Nursery) -> None:
+    def __init__(
+        self,
+        muxed: IMuxedStream,
+        peer_id: PeerId,
+        nursery: trio.Nursery,
+        on_end: Callable[["StockStream"], None],
+    ) -> None:
         self.protocol = ProtocolId("")
         self.peer_id = peer_id
         self._muxed = muxed
         self._nursery = nursery
+        self._on_end = on_end
+        """Called when the peer has closed its side, or the stream is lost or reset; more than once maybe."""
         self._buffer = bytearray()
         self._peer_closed = False
         self._error: str | None = None
@@ -139,6 +160,7 @@ class StockStream:
             if not self._peer_closed:
                 self._error = self._error or "the connection ended"
             self._wake()
+            self._on_end(self)
 
     async def read(self, max_bytes: int = 1 << 20) -> bytes:
         await trio.lowlevel.checkpoint()
@@ -181,6 +203,7 @@ class StockStream:
             self._buffer.clear()
             self._nursery.start_soon(self._reset)
             self._wake()
+            self._on_end(self)
 
     async def _reset(self) -> None:
         with trio.CancelScope(shield=True):

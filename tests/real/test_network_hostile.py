@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from p2pswarm.core.errors import ConfigError, ConnectionLost, PeerUnreachable
+from p2pswarm.core.errors import ConfigError, ConnectionLost
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.net.addresses import parse_tcp_address, split_peer_address
 from p2pswarm.net.config import NetworkConfig
@@ -96,20 +96,6 @@ async def test_half_open_handshakes_are_given_up() -> None:
         with trio.fail_after(3):
             while await socket.receive_some():
                 pass
-
-
-async def test_connections_beyond_the_limits_are_refused() -> None:
-    async with (
-        node(NetworkConfig(max_connections=2)) as server,
-        open_network(Identity.generate()) as one,
-        open_network(Identity.generate()) as other,
-        open_network(Identity.generate()) as third,
-    ):
-        await one.connect(server.addresses[0])
-        await other.connect(server.addresses[0])
-        with pytest.raises(PeerUnreachable):
-            await third.connect(server.addresses[0])
-        await assert_echoes(one, server.peer_id)
 
 
 async def test_streams_opened_and_reset_do_not_pile_up_handlers() -> None:

@@ -1,8 +1,8 @@
 """The command line is understood, refused clearly, and explained fast."""
 
+import resource
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -36,12 +36,17 @@ def test_mistakes_are_named_and_end_with_status_2(flags, complaint, capsys) -> N
     assert complaint in capsys.readouterr().err
 
 
+def processor_s_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 @pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)])
 def test_help_answers_at_once_without_torch(command) -> None:
-    """The best of three, for the machine may be busy."""
+    """In processor time, and the best of three, for the machine may be busy."""
     took_s = []
     for _ in range(3):
-        started_at_s = time.perf_counter()
+        before_s = processor_s_of_children()
         done = subprocess.run(
             [sys.executable, "-X", "importtime", "-m", "swarm_cli", *command, "--help"],
             capture_output=True,
@@ -49,7 +54,7 @@ def test_help_answers_at_once_without_torch(command) -> None:
             timeout=30,
             check=True,
         )
-        took_s.append(time.perf_counter() - started_at_s)
+        took_s.append(processor_s_of_children() - before_s)
         assert "usage: swarm" in done.stdout
         for heavy in ("torch", "transformers", "libp2p", "rich", "trio"):
             assert f" {heavy}\n" not in done.stderr

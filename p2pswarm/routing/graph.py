@@ -12,8 +12,10 @@ Edges, with what they cost; each but the way out runs the blocks of `p` from one
     AtServer(b, q) -> AtServer(c, p)   pushed from server q, where q announces its round trip to p
     AtServer(b, p) -> AtClient(b)      the way out
 
-Only boundaries matter (where some span begins or ends, or the route does): changing servers anywhere else is never
-faster. A server may be left before its span ends where another one's begins. There is no way into a server without
+Servers are changed at boundaries only: where some announced span begins or ends, or the route does. A server may thus
+be left before its span ends, where another one's begins. For routes through the client nothing else could be faster.
+Where servers push, a block run elsewhere only to pass by a better connected server could be, if the detour were shorter
+than the way; that is given up for a graph that grows with spans, not with blocks. There is no way into a server without
 running a block, and so no cycle.
 
 Servers whose distance nobody measured push to each other as well; that is assumed to cost what the detour by the client
@@ -114,7 +116,7 @@ class SpanGraph:
         """From the server, once it has run blocks of `span`, to those whose distance it announces."""
         for peer_id in server.next_rtts_s:
             following = self.servers.get(peer_id)
-            if following is None or peer_id == server.peer_id or not can_push(server, following):
+            if following is None or not can_push(server, following):
                 continue
             push_us, block_us = self.prices.push_us(server, following), self.prices.block_us(following)
             for start, end in self._stretches(following.span):
@@ -129,13 +131,16 @@ class SpanGraph:
 
 
 def can_push(server: ServerInfo, following: ServerInfo) -> bool:
-    """Whether the one's output is the other's input as it is."""
-    return server.dtype == following.dtype
+    """Whether the one may hand on to the other: it announces how far it is, and computes in the same dtype."""
+    return (
+        following.peer_id in server.next_rtts_s
+        and following.peer_id != server.peer_id
+        and following.dtype == server.dtype
+    )
 
 
-def boundaries_within(servers: Iterable[ServerInfo], span: Span) -> list[int]:
-    """Where routes through `span` may change servers, with its two ends."""
-    edges = {edge for server in servers for edge in (server.span.start, server.span.end)}
+def boundaries_within(edges: Iterable[int], span: Span) -> list[int]:
+    """Where routes through `span` may change servers, given where spans begin and end; with its own two ends."""
     return sorted({edge for edge in edges if span.start < edge < span.end} | {span.start, span.end})
 
 

@@ -24,8 +24,8 @@ class KnownServers:
     def __init__(self) -> None:
         self.servers: dict[PeerId, ServerInfo] = {}
         self.round_trips_s: dict[PeerId, float] = {}
-        self.num_span_edges: Counter[int] = Counter()
-        """How many spans begin or end at each block."""
+        self.span_edges: Counter[int] = Counter()
+        """Where spans begin and end, and how many of them do."""
         self.announcers: defaultdict[PeerId, set[PeerId]] = defaultdict(set)
         """Who announces how far away a peer is."""
         self._announced: dict[PeerId, ServerInfo] = {}
@@ -63,14 +63,14 @@ class KnownServers:
     def _set(self, peer_id: PeerId, server: ServerInfo | None) -> None:
         before = self.servers.pop(peer_id, None)
         if before is not None:
-            self.num_span_edges -= Counter((before.span.start, before.span.end))
+            self.span_edges -= Counter((before.span.start, before.span.end))
             for other in before.next_rtts_s:
                 self.announcers[other].discard(peer_id)
                 if not self.announcers[other]:
                     del self.announcers[other]
         if server is not None:
             self.servers[peer_id] = server
-            self.num_span_edges.update((server.span.start, server.span.end))
+            self.span_edges.update((server.span.start, server.span.end))
             for other in server.next_rtts_s:
                 self.announcers[other].add(peer_id)
 

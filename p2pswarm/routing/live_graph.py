@@ -4,8 +4,9 @@ from collections.abc import Iterable
 
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.core.span import Span
 from p2pswarm.routing.dstar_lite import DStarLite
-from p2pswarm.routing.graph import AtClient, SpanGraph, Vertex
+from p2pswarm.routing.graph import AtClient, SpanGraph, Vertex, boundaries_within
 from p2pswarm.routing.known_servers import KnownServers
 from p2pswarm.routing.objections import Admission
 from p2pswarm.routing.planner import RouteRequest
@@ -77,8 +78,8 @@ class LiveGraph:
 
     def _take_boundaries(self, start: int) -> set[PeerId]:
         """Brings the boundaries up to date; returns the servers that lie across one that came or went."""
-        goal = self.request.span.end
-        boundaries = sorted({edge for edge in self._known.num_span_edges if edge < goal} | {start, goal})
+        whole = Span(0, self.request.span.end)
+        boundaries = boundaries_within([*self._known.span_edges, start], whole)
         if boundaries == self._boundaries:
             return set()
         moved = set(boundaries) ^ set(self._boundaries)

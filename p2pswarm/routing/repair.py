@@ -24,6 +24,7 @@ from p2pswarm.routing.graph import (
     can_push,
     hops_along,
 )
+from p2pswarm.routing.known_servers import KnownServers
 from p2pswarm.routing.planner import RepairRequest
 from p2pswarm.routing.prices import DecodePrices, RebuildPrices
 from p2pswarm.routing.route import Hop, Route
@@ -49,17 +50,18 @@ class Repair:
         self,
         request: RepairRequest,
         usable: Mapping[PeerId, ServerInfo],
-        servers: Mapping[PeerId, ServerInfo],
+        known: KnownServers,
         decode: DecodePrices,
     ) -> None:
         self._request = request
-        kept_servers = {hop.peer_id: servers[hop.peer_id] for hop in request.kept if hop.peer_id in servers}
+        kept = {hop.peer_id for hop in request.kept}
+        kept_servers = {peer_id: known.servers[peer_id] for peer_id in kept & known.servers.keys()}
         self._servers = {**usable, **kept_servers}
         self._remaining_tokens = max(1, request.remaining_tokens)
         self._kept_prices = replace(decode, cache_tokens_needed=0)  # its room is what the session holds already
         self._prices = RebuildPrices(decode, request.position, self._remaining_tokens)
-        ends = {hop.span.end for hop in request.kept} | {hop.span.start for hop in request.kept}
-        boundaries = sorted({*boundaries_within(usable.values(), request.span), *ends})
+        edges_of_kept = [edge for hop in request.kept for edge in (hop.span.start, hop.span.end)]
+        boundaries = boundaries_within([*known.span_edges, *edges_of_kept], request.span)
         self._graph = SpanGraph(usable, boundaries, self._prices, request.request.pushes)
 
     def route(self) -> Route:
@@ -97,7 +99,7 @@ class Repair:
         run_us = hop.span.num_blocks * self._kept_prices.block_us(server)
         yield AtClient(hop.span.start), there, self._weight(self._kept_prices.enter_us(server) + run_us)
         for before, place in self._pushing_at(hop.span.start):
-            if hop.peer_id in before.next_rtts_s and can_push(before, server):
+            if can_push(before, server):
                 yield place, there, self._weight(self._kept_prices.push_us(before, server) + run_us)
 
     def _ways_out_of(self, hop: Hop) -> Iterator[tuple[AnyVertex, AnyVertex, int]]:

@@ -25,12 +25,12 @@ class Graph(Generic[V]):
 
     def __init__(self, edges: Iterable[tuple[V, V, int]]) -> None:
         self.successors: dict[V, dict[V, int]] = {}
-        self.predecessors: dict[V, list[tuple[V, int]]] = {}
+        self.predecessors: dict[V, dict[V, int]] = {}
         for source, target, weight in edges:
             targets = self.successors.setdefault(source, {})
             if weight < targets.get(target, weight + 1):
                 targets[target] = weight
-                self.predecessors.setdefault(target, []).append((source, weight))
+                self.predecessors.setdefault(target, {})[source] = weight
 
     def shortest_path(self, start: V, goal: V) -> tuple[int, list[V]] | None:
         """The cost and the vertices of the cheapest path; None where there is none."""
@@ -41,22 +41,31 @@ class Graph(Generic[V]):
 
     def costs_to(self, goal: V, until: V | None = None) -> dict[V, int]:
         """What it costs to get to the goal from each vertex that can; ends early where `until` is settled."""
-        settled: dict[V, int] = {}
-        queue = [(0, goal)]
-        best = {goal: 0}
-        while queue:
-            cost, vertex = heapq.heappop(queue)
-            if vertex in settled:
-                continue
-            settled[vertex] = cost
-            if vertex == until:
-                break
-            for before, weight in self.predecessors.get(vertex, ()):
-                through = cost + weight
-                if through < best.get(before, through + 1):
-                    best[before] = through
-                    heapq.heappush(queue, (through, before))
-        return settled
+        return _settle(goal, lambda vertex: self.predecessors.get(vertex, {}), until)
+
+    def costs_from(self, start: V) -> dict[V, int]:
+        """What it costs to get from the start to each vertex that can be reached."""
+        return _settle(start, lambda vertex: self.successors.get(vertex, {}))
+
+
+def _settle(origin: V, neighbours: Callable[[V], Mapping[V, int]], until: V | None = None) -> dict[V, int]:
+    """Dijkstra's algorithm: the vertices in the order of their distance from the origin."""
+    settled: dict[V, int] = {}
+    queue = [(0, origin)]
+    best = {origin: 0}
+    while queue:
+        cost, vertex = heapq.heappop(queue)
+        if vertex in settled:
+            continue
+        settled[vertex] = cost
+        if vertex == until:
+            break
+        for neighbour, weight in neighbours(vertex).items():
+            through = cost + weight
+            if through < best.get(neighbour, through + 1):
+                best[neighbour] = through
+                heapq.heappush(queue, (through, neighbour))
+    return settled
 
 
 def descend(start: V, goal: V, successors: Callable[[V], Mapping[V, int]], costs_to_goal: Mapping[V, int]) -> list[V]:

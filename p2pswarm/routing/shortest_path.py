@@ -4,6 +4,7 @@ The same facts give the same route: ties go to fewer hops, then to the lowest pe
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from random import Random, SystemRandom
 
 from p2pswarm.core.ids import PeerId
@@ -11,6 +12,7 @@ from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.core.span import Span
 from p2pswarm.routing.bans import Ban, BanList, BanReason
 from p2pswarm.routing.costs import CostModel
+from p2pswarm.routing.explain import Explanation, TurnedDown, edges_along, passed_over
 from p2pswarm.routing.graph import TIES, AtClient, SpanGraph, Vertex, boundaries_within, hops_along
 from p2pswarm.routing.known_servers import KnownServers
 from p2pswarm.routing.objections import Admission, missing_blocks
@@ -61,16 +63,30 @@ class ShortestPathPlanner:
         weight, path = found
         return Route(hops_along(path), weight // TIES)
 
+    def explain(self, request: RouteRequest, now_s: float) -> Explanation:
+        """The fastest route, and why it is that one. Raises as `plan` does."""
+        route = self.plan(replace(request, mode=RouteMode.MIN_LATENCY), now_s)
+        usable, objections = self._admission(now_s).divide(self._known.servers.values(), request)
+        graph = self._graph(usable, request)
+        edges = edges_along(route, usable, self._prices(request), request.pushes)
+        unusable = [
+            TurnedDown(peer_id, self._known.servers[peer_id].span, why) for peer_id, why in sorted(objections.items())
+        ]
+        return Explanation(route, tuple(edges), (*passed_over(route, graph), *unusable))
+
     def repair(self, request: RepairRequest, now_s: float) -> Route:
         usable = self._usable(request.request, request.request.span, now_s)
-        return Repair(request, usable, self._known.servers, self._prices(request.request)).route()
+        return Repair(request, usable, self._known, self._prices(request.request)).route()
 
     def _shortest_path(self, request: RouteRequest, now_s: float) -> tuple[int, list[Vertex]] | None:
         """The weight and the vertices of the cheapest path through the request's blocks; None where there is none."""
         usable, _ = self._admission(now_s).divide(self._known.servers.values(), request)
-        boundaries = boundaries_within(usable.values(), request.span)
-        graph: Graph[Vertex] = Graph(SpanGraph(usable, boundaries, self._prices(request), request.pushes).edges())
+        graph: Graph[Vertex] = Graph(self._graph(usable, request).edges())
         return graph.shortest_path(AtClient(request.span.start), AtClient(request.span.end))
+
+    def _graph(self, usable: Mapping[PeerId, ServerInfo], request: RouteRequest) -> SpanGraph:
+        boundaries = boundaries_within(self._known.span_edges, request.span)
+        return SpanGraph(usable, boundaries, self._prices(request), request.pushes)
 
     def _usable(self, request: RouteRequest, wanted: Span, now_s: float) -> dict[PeerId, ServerInfo]:
         """The servers that may be in the route. Raises `MissingBlocksError` unless they hold all wanted blocks."""

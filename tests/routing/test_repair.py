@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_worlds import NUM_BLOCKS, decode_us, every_route, names, near, server, worlds
+from routing_worlds import NUM_BLOCKS, decode_us, edges_of_spans, every_route, names, near, server, worlds
 
 from p2pswarm.core.errors import ConfigError, MissingBlocksError
 from p2pswarm.core.ids import PeerId
@@ -84,8 +84,9 @@ def test_kept_hops_must_follow_the_lost_blocks() -> None:
 
 
 def every_repair(servers: Sequence[ServerInfo], request: RepairRequest) -> list[tuple[Hop, ...]]:
-    """All ways to finish: new hops over usable servers between any of the kept hops."""
+    """All ways to finish: any of the kept hops, and new ones that change servers at boundaries."""
     start, end = request.span.start, request.span.end
+    edges = edges_of_spans(servers) | {edge for one in request.kept for edge in (one.span.start, one.span.end)}
 
     def ways(reached: int) -> list[tuple[Hop, ...]]:
         if reached == end:
@@ -93,7 +94,7 @@ def every_repair(servers: Sequence[ServerInfo], request: RepairRequest) -> list[
         found = [(one, *rest) for one in request.kept if one.span.start == reached for rest in ways(one.span.end)]
         for info in servers:
             for leave in range(reached + 1, min(info.span.end, end) + 1):
-                if info.span.covers(reached):
+                if info.span.covers(reached) and (leave in edges or leave == end):
                     found += [(Hop(info.peer_id, Span(reached, leave)), *rest) for rest in ways(leave)]
         return found
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from routing_worlds import NUM_BLOCKS, decode_us, every_route, names, near, server, spans, worlds
+from routing_worlds import NUM_BLOCKS, decode_us, edges_of_spans, every_route, names, near, server, spans, worlds
 
 from p2pswarm.core.errors import MissingBlocksError
 from p2pswarm.core.ids import PeerId
@@ -39,7 +39,8 @@ def test_route_costs_what_the_best_of_all_routes_costs(
     servers, rtts = world
     request = RouteRequest(Span(*wanted), max_length=max_length, batch_size=2, pushes=pushes)
     by_id = {one.peer_id: one for one in servers}
-    possible = [decode_us(hops, by_id, rtts, request.cache_tokens, pushes) for hops in every_route(servers, *wanted)]
+    routes = every_route(servers, *wanted, edges_of_spans(servers) if pushes else range(NUM_BLOCKS))
+    possible = [decode_us(hops, by_id, rtts, request.cache_tokens, pushes) for hops in routes]
     if not possible:
         with pytest.raises(MissingBlocksError):
             planned(servers, rtts, request)

@@ -1,7 +1,7 @@
 """Announcements, round trips and routes as the tests of routing write them; random ones for properties."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 
 from hypothesis import strategies as st
@@ -57,16 +57,22 @@ def names(route: Route) -> list[tuple[str, str]]:
     return [(hop.peer_id, str(hop.span)) for hop in route.hops]
 
 
-def every_route(servers: Sequence[ServerInfo], start: int, end: int) -> Iterable[tuple[Hop, ...]]:
-    """All there are, whichever blocks servers are changed at."""
+def every_route(
+    servers: Sequence[ServerInfo], start: int, end: int, boundaries: Collection[int] = range(NUM_BLOCKS)
+) -> Iterable[tuple[Hop, ...]]:
+    """All there are that change servers at boundaries; by default, at any block."""
     if start == end:
         yield ()
         return
     for one in servers:
         for leave in range(start + 1, min(one.span.end, end) + 1):
-            if one.span.covers(start):
-                for rest in every_route(servers, leave, end):
+            if one.span.covers(start) and (leave in boundaries or leave == end):
+                for rest in every_route(servers, leave, end, boundaries):
                     yield (Hop(one.peer_id, Span(start, leave)), *rest)
+
+
+def edges_of_spans(servers: Iterable[ServerInfo]) -> set[int]:
+    return {edge for server in servers for edge in (server.span.start, server.span.end)}
 
 
 def decode_us(

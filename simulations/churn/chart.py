@@ -12,6 +12,7 @@ COLORS = {
     Policy.RESTARTS: "#c1440e",
     Policy.CACHE_LESS: "#7a7a7a",
     Policy.ALGORITHM_1: "#1f6fb2",
+    Policy.RELAYED: "#8fb8dc",
 }
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 300, 260, 48
 SLOWEST, FASTEST = 0.1, 30.0

@@ -14,7 +14,7 @@ RATES = (0.0, 1e-4, 1e-3, 1e-2)
 LENGTHS = (128, 1024)
 LOSSES_RATE, LOSSES_STEPS = 1e-2, 400
 """To see what a restart costs, so many steps are run at this rate with each seed: some twenty tries are lost."""
-NUM_DRAWN = 300
+NUM_DRAWN = 1000
 """Generations with restarts."""
 
 

@@ -36,8 +36,9 @@ INTRODUCTION = """# What failures cost
   stage, from stage to stage, and back to the client; prompts, replays and whole texts sent again are handed over like
   single tokens. The server's connections break, its caches are lost, and it is back at once, empty.
 - **Policies.** *Caching with restarts*: a failure loses the text, which begins again. *Cache-less*: each token sends
-  the whole text through the servers once more. *Algorithm 1*: a session as this project ships it, bans included. The
-  plain policies have a client that bans nobody, since bans could only make them wait.
+  the whole text through the servers once more. *Algorithm 1*: a session as this project ships it, with its bans, and
+  with servers that push to each other; *relayed*: without push, which is how the plain policies work too. The client of
+  the plain policies bans nobody, since bans could only make them wait.
 - Averages over {num_seeds} seeds. Restarts repeat the same steps over and over; {num_drawn} such texts a cell are drawn
   from one that was run without failures and from tries that were run and lost (`simulations/churn/drawn.py`).
 - The paper's numbers stand where we could verify them. Percentages say what is left of the same policy's speed
@@ -66,14 +67,15 @@ def tables(cells: Sequence[Cell]) -> str:
     """All that was found, in Markdown."""
     lengths = sorted({cell.num_tokens for cell in cells})
     parts = [f"## Steps a second, {num_tokens} tokens\n\n{_speed_table(cells, num_tokens)}\n" for num_tokens in lengths]
-    return "\n".join([*parts, f"## Behind the averages\n\n{_detail_table(cells)}\n"])
+    parts += [
+        f"## How many times as fast Algorithm 1 is\n\n{_ratio_table(cells)}\n",
+        f"## Behind the averages\n\n{_detail_table(cells)}\n",
+    ]
+    return "\n".join(parts)
 
 
 def _speed_table(cells: Sequence[Cell], num_tokens: int) -> str:
-    lines = [
-        "| failure rate of a hand-over | " + " | ".join(RATE_NAMES[rate] for rate in RATES) + " |",
-        "|---|" + "---|" * len(RATES),
-    ]
+    lines = [_head("failure rate of a hand-over")]
     for policy in Policy:
         row = {cell.failure_rate: cell for cell in cells if cell.policy is policy and cell.num_tokens == num_tokens}
         fastest = row[0.0].steps_per_s
@@ -91,9 +93,20 @@ def _share(cell: Cell, fastest: float) -> str:
     return f" ({share:.0%})" if share > 0.1 else f" ({share:.1%})"
 
 
+def _ratio_table(cells: Sequence[Cell]) -> str:
+    speeds = {(cell.policy, cell.num_tokens, cell.failure_rate): cell.steps_per_s for cell in cells}
+    lines = [_head("as")]
+    for num_tokens in sorted({cell.num_tokens for cell in cells}):
+        for other in (Policy.RESTARTS, Policy.CACHE_LESS):
+            pairs = [(speeds[Policy.ALGORITHM_1, num_tokens, rate], speeds[other, num_tokens, rate]) for rate in RATES]
+            ratios = [f"{ours / theirs:.2g}" if theirs else "they never finish" for ours, theirs in pairs]
+            lines.append(_row(f"{other.value}, {num_tokens} tokens", ratios))
+    return "\n".join(lines)
+
+
 def _detail_table(cells: Sequence[Cell]) -> str:
     lines = [
-        "| | tokens | failure rate | steps/s, 10th to 90th percentile | failures a text | errors in all | finished in 1 h |",
+        "| | tokens | failure rate | steps/s, 10th to 90th percentile | failures a text | errors | finished in 1 h |",
         "|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
@@ -113,6 +126,10 @@ def _detail_table(cells: Sequence[Cell]) -> str:
                 )
             )
     return "\n".join(lines)
+
+
+def _head(name: str) -> str:
+    return _row(name, [RATE_NAMES[rate] for rate in RATES]) + "\n|---|" + "---|" * len(RATES)
 
 
 def _row(name: str, texts: Sequence[str]) -> str:

@@ -27,12 +27,14 @@ class Policy(Enum):
     """Nothing is kept: every token sends the whole text through the servers once more."""
     ALGORITHM_1 = "Algorithm 1"
     """A `client.session.Session` as it is shipped."""
+    RELAYED = "Algorithm 1, relayed"
+    """The same without push between servers: the client hands on, as it does for the plain policies."""
 
     @property
     def config(self) -> ClientConfig:
         """The plain policies have a client that neither recovers nor bans: a ban could only make them wait."""
-        if self is Policy.ALGORITHM_1:
-            return ClientConfig(known_peers_path=None)
+        if self in (Policy.ALGORITHM_1, Policy.RELAYED):
+            return ClientConfig(known_peers_path=None, use_push=self is Policy.ALGORITHM_1)
         return ClientConfig(known_peers_path=None, use_push=False, max_retries=0, ban_s=0.001)
 
 
@@ -85,7 +87,7 @@ async def generate(policy: Policy, world: World, num_tokens: int, progress: Prog
                 await _try_once(world, num_tokens, progress)
         case Policy.CACHE_LESS:
             await _run_all_again_and_again(world, num_tokens, progress)
-        case Policy.ALGORITHM_1:
+        case Policy.ALGORITHM_1 | Policy.RELAYED:
             await _in_one_session(world, num_tokens, progress)
         case _:
             assert_never(policy)

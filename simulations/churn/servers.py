@@ -36,6 +36,10 @@ class StageService:
         self._failure_rate = failure_rate
         self._random = randomness
 
+    @property
+    def peer_id(self) -> PeerId:
+        return self._network.peer_id
+
     async def info(self, peer_id: PeerId) -> InfoReply:
         return InfoReply(self.announcement())
 

@@ -1,8 +1,8 @@
 """The simulated swarm, and the real client that uses it: `p2pswarm.client` over `MemoryNetwork`."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import trio
@@ -14,7 +14,8 @@ from p2pswarm.client.session import Session
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerInfo
-from p2pswarm.routing.shortest_path import ShortestPathPlanner
+from p2pswarm.routing.bans import BanList
+from p2pswarm.routing.dstar_planner import DStarLitePlanner
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
 from p2pswarm.testing.memory_network import Link, MemoryNetwork
@@ -65,19 +66,24 @@ async def open_world(setting: Setting, failure_rate: float, seed: int, config: C
         networks = [await stack.enter_async_context(memory.node(number)) for number in range(1, len(spans) + 1)]
         client_network = await stack.enter_async_context(memory.node(len(spans) + 1, listens=False))
         nursery = await stack.enter_async_context(open_transparent_nursery())
-        services = [
-            StageService(network, span, setting, failure_rate, Random(f"{seed}, server {number}"))
-            for number, (network, span) in enumerate(zip(networks, spans, strict=True))
-        ]
-        for network, service in zip(networks, services, strict=True):
-            await nursery.start(RpcServer(network, service).run)
-        announced = Announced(
-            {network.peer_id: service.announcement() for network, service in zip(networks, services, strict=True)}
-        )
+        services: list[StageService] = []
+        for network, span in zip(networks, spans, strict=True):
+            randomness = Random(f"{seed}, server {len(services)}")
+            services.append(StageService(network, span, setting, failure_rate, randomness))
+            await nursery.start(RpcServer(network, services[-1]).run)
         rpc = RpcClient(client_network)
         facts = ModelFacts(MODEL_ID, NUM_BLOCKS, HIDDEN_SIZE)
-        servers = ModelServers(facts, announced, ShortestPathPlanner(), client_network, rpc, config)
+        planner = DStarLitePlanner(config.costs, bans=BanList(config.ban_s))
+        servers = ModelServers(facts, _announced(services, link), planner, client_network, rpc, config)
         await servers.measure_round_trips()
         yield World(services, servers, rpc, config, nursery)
         rpc.close()
         nursery.cancel_scope.cancel()
+
+
+def _announced(services: Sequence[StageService], link: Link) -> Announced:
+    """What the servers say of themselves, and of how far they are from each other."""
+    round_trips_s = {service.peer_id: link.round_trip_s for service in services}
+    return Announced(
+        {service.peer_id: replace(service.announcement(), next_rtts_s=round_trips_s) for service in services}
+    )

@@ -42,6 +42,11 @@ class AnsweredStream:
         return self._resting_since is None
 
     @property
+    def is_sending(self) -> bool:
+        """Whether an answer is on its way, or was broken off in the middle."""
+        return self._is_sending
+
+    @property
     def rest_s(self) -> float:
         """How long the stream has been waiting for a request; 0 while busy."""
         return 0.0 if self._resting_since is None else trio.current_time() - self._resting_since

@@ -14,7 +14,7 @@ from functools import partial
 import trio
 
 from p2pswarm.core.errors import BadRequest, DeadlineExceeded, MalformedMessage, ProtocolViolation, ServerBusy
-from p2pswarm.rpc.answered_stream import AnsweredStream
+from p2pswarm.rpc.answered_stream import GOODBYE_TIMEOUT_S, AnsweredStream
 from p2pswarm.rpc.error_replies import Draining, reply_to
 from p2pswarm.rpc.limits import RpcLimits
 from p2pswarm.rpc.push_exchange import PushExchange, PushSlot
@@ -73,8 +73,12 @@ class ServedStream:
         return self._stream.rest_s
 
     def hand_back(self) -> None:
-        """Ends the stream, in the middle of a request too; a peer that waits or has a session is told so."""
-        self._scope.cancel()
+        """Ends the stream, in the middle of a request too; a peer that waits or has a session is told so.
+
+        An answer that is on its way goes out first, if the peer takes it soon: nothing can be said in the middle of it.
+        """
+        patience_s = GOODBYE_TIMEOUT_S if self._stream.is_sending else 0.0
+        self._scope.deadline = min(self._scope.deadline, trio.current_time() + patience_s)
 
     async def run(self) -> None:
         """Returns when the peer has closed its side or was told that it is over.

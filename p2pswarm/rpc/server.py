@@ -65,7 +65,7 @@ class RpcServer:
             await trio.sleep_forever()
         finally:
             self._is_over = True
-            with trio.move_on_after(CLOSE_SESSION_TIMEOUT_S + GOODBYE_TIMEOUT_S, shield=True):
+            with trio.move_on_after(CLOSE_SESSION_TIMEOUT_S + 2 * GOODBYE_TIMEOUT_S, shield=True):
                 await self._hand_back_all()
             self._pusher.close()
 

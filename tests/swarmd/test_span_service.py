@@ -39,6 +39,7 @@ MAX_LENGTH = 64
 TIMEOUT_S = 30.0
 MIB = 1 << 20
 STEP_IDS = itertools.count()
+SESSION_NUMBERS = itertools.count()
 
 
 @dataclass
@@ -60,7 +61,9 @@ class World:
             client.close()
 
     def session(self, client: RpcClient, **changes: object) -> AbstractAsyncContextManager[RemoteSession]:
-        request = OpenSession(SessionId("session"), self.model_id, SPAN, max_length=32, batch_size=1)
+        request = OpenSession(
+            SessionId(f"session-{next(SESSION_NUMBERS)}"), self.model_id, SPAN, max_length=32, batch_size=1
+        )
         return client.open_session(self.server.peer_id, replace(request, **changes), TIMEOUT_S)
 
     async def forward(self, client: RpcClient, hidden_states: torch.Tensor, **changes: object) -> torch.Tensor:

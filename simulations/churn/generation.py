@@ -50,7 +50,7 @@ async def _simulate(
         began_at_s = trio.current_time()
         with trio.move_on_after(HOUR_S):
             await generate(policy, world, num_tokens, progress)
-        assert progress.tokens == true_tokens(num_tokens)[: len(progress.tokens)], "the text is wrong"
+        assert tuple(progress.tokens) == true_tokens(num_tokens)[: len(progress.tokens)], "the text is wrong"
         return Generation(
             num_tokens,
             trio.current_time() - began_at_s,

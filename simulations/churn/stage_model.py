@@ -5,6 +5,7 @@ below 2^16 throughout, which float32 carries exactly. Knows nothing of networks;
 `StageState`, and `true_tokens` is what a client must end up with.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -53,7 +54,8 @@ def next_token(hidden_states: torch.Tensor) -> int:
     return int((hidden_states[0, -1].to(torch.int64) * _CHANNELS).sum()) % VOCABULARY_SIZE
 
 
-def true_tokens(num_tokens: int) -> list[int]:
+@functools.cache
+def true_tokens(num_tokens: int) -> tuple[int, ...]:
     """The text that follows the first token."""
     states = [StageState(span, num_tokens) for span in STAGES]
     tokens = [FIRST_TOKEN]
@@ -62,4 +64,4 @@ def true_tokens(num_tokens: int) -> list[int]:
         for state in states:
             hidden_states = state.run(hidden_states, position)
         tokens.append(next_token(hidden_states))
-    return tokens[1:]
+    return tuple(tokens[1:])

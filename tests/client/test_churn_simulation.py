@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from p2pswarm.core.span import Span
-from simulations.churn import experiment, run
+from simulations.churn import run
 from simulations.churn.chart import chart
 from simulations.churn.drawn import draw, losses_s
-from simulations.churn.experiment import RATES, Cell
+from simulations.churn.experiment import RATES, Cell, run_all
 from simulations.churn.generation import Generation, simulate
 from simulations.churn.page import page, tables
 from simulations.churn.policies import Policy
@@ -106,14 +106,22 @@ def test_the_chart_has_a_line_for_each_policy() -> None:
 def test_the_simulation_prints_its_question_its_seeds_and_its_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "LENGTHS", (4,))
-    monkeypatch.setattr(experiment, "LOSSES_STEPS", 100)
+    monkeypatch.setattr(run, "run_all", lambda lengths, seeds, report: _cells())
     monkeypatch.setattr(sys, "argv", ["run.py", "--quick"])
     run.main()
     printed = capsys.readouterr().out
     assert "What do failing servers cost a text" in printed
     assert "seeds 1" in printed
-    assert "## Steps a second, 4 tokens" in printed
+    assert "## Steps a second, 128 tokens" in printed
+
+
+@pytest.mark.slow
+def test_all_cells_are_there_and_each_is_reported_when_it_is() -> None:
+    reported: list[Cell] = []
+    assert run_all((4,), (1,), reported.append) == reported
+    assert [(cell.policy, cell.failure_rate) for cell in reported] == [
+        (policy, rate) for policy in Policy for rate in RATES
+    ]
 
 
 @pytest.mark.slow

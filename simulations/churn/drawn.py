@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from random import Random
 
 from simulations.churn.generation import HOUR_S, Generation
-from simulations.churn.policies import LostTry
 from simulations.churn.setting import HANDOVERS_PER_STEP
 
 
@@ -24,25 +23,16 @@ def losses_s(generation: Generation, without_failures: Generation) -> list[float
 def draw(without_failures: Generation, losses_s: Sequence[float], failure_rate: float, random: Random) -> Generation:
     """A generation with restarts, given one that needed none, and what losses cost."""
     times_s = (0.0, *without_failures.token_times_s)
-    drawn: list[LostTry] = []
-    elapsed_s = 0.0
+    num_lost, elapsed_s = 0, 0.0
     while elapsed_s < HOUR_S:
         num_steps = _steps_survived(failure_rate, random)
         if num_steps >= without_failures.num_tokens:
             elapsed_s += times_s[-1]
             break
-        drawn.append(LostTry(num_steps, times_s[num_steps] + random.choice(losses_s)))
-        elapsed_s += drawn[-1].elapsed_s
+        num_lost += 1
+        elapsed_s += times_s[num_steps] + random.choice(losses_s)
     is_finished = elapsed_s < HOUR_S
-    return Generation(
-        num_tokens=without_failures.num_tokens,
-        elapsed_s=min(elapsed_s, HOUR_S),
-        is_finished=is_finished,
-        num_failures=len(drawn),
-        num_errors=0,
-        token_times_s=without_failures.token_times_s if is_finished else (),
-        lost_tries=tuple(drawn),
-    )
+    return Generation(without_failures.num_tokens, min(elapsed_s, HOUR_S), is_finished, num_failures=num_lost)
 
 
 def _steps_survived(failure_rate: float, random: Random) -> int:

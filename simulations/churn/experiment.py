@@ -14,7 +14,7 @@ RATES = (0.0, 1e-4, 1e-3, 1e-2)
 LENGTHS = (128, 1024)
 LOSSES_RATE, LOSSES_STEPS = 1e-2, 400
 """To see what a restart costs, so many steps are run at this rate with each seed: some twenty tries are lost."""
-NUM_DRAWN = 1000
+NUM_DRAWN = 3000
 """Generations with restarts."""
 
 
@@ -50,7 +50,7 @@ class Cell:
 
     @property
     def num_errors(self) -> int:
-        """Failures that came out of the client where it should have dealt with them."""
+        """Of all generations together."""
         return sum(generation.num_errors for generation in self.generations)
 
 

@@ -25,10 +25,11 @@ class Generation:
     is_finished: bool
     num_failures: int
     """Hand-overs that failed."""
-    num_errors: int
-    token_times_s: tuple[float, ...]
+    num_errors: int = 0
+    """Failures that came out of the client where it should have dealt with them."""
+    token_times_s: tuple[float, ...] = ()
     """When each token came, since the last restart."""
-    lost_tries: tuple[LostTry, ...]
+    lost_tries: tuple[LostTry, ...] = ()
 
 
 def simulate(

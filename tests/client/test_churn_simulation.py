@@ -75,15 +75,15 @@ def _mean_s(generations: list[Generation]) -> float:
 
 
 def test_restarts_that_never_end_are_cut_off_after_an_hour() -> None:
-    without_failures = Generation(1000, 60.0, True, 0, 0, tuple(0.06 * n for n in range(1, 1001)), ())
+    without_failures = Generation(1000, 60.0, True, 0, token_times_s=tuple(0.06 * n for n in range(1, 1001)))
     generation = draw(without_failures, [0.05], 0.01, Random(1))
     assert not generation.is_finished
     assert generation.elapsed_s == 3600.0
 
 
 def _cells() -> list[Cell]:
-    fast = Generation(128, 10.0, True, 2, 0, (), ())
-    slow = Generation(128, 3600.0, False, 9000, 0, (), ())
+    fast = Generation(128, 10.0, True, 2)
+    slow = Generation(128, 3600.0, False, 9000)
     return [
         Cell(policy, 128, rate, (slow if policy is Policy.RESTARTS and rate == 0.01 else fast,))
         for policy in Policy

@@ -83,8 +83,10 @@ class RpcServer:
         self.stop_accepting()
         with trio.move_on_after(grace_s):
             while self._streams:
+                # As long as there are sessions, others may push to them, on streams that rest in between.
+                rest_s = SESSION_REST_S if self._usage.num_sessions else 0.0
                 for served in self._streams:
-                    if not served.is_busy and (not served.in_session or served.rest_s >= SESSION_REST_S):
+                    if not served.is_busy and served.rest_s >= rest_s:
                         served.hand_back()
                 await trio.sleep(DRAIN_POLL_S)
         await self._hand_back_all()

@@ -76,10 +76,10 @@ def run_blocks(blocks: Span, tokens: Tokens) -> torch.Tensor:
 
 
 class ArithmeticService:
-    """A `rpc.service.RpcService` of some blocks; counts what it opens and closes."""
+    """A `rpc.service.RpcService` of the blocks that `info` announces; counts what it opens and closes."""
 
-    def __init__(self, span: Span, *, delay_s: float = 0.0, max_sessions: int = 1000) -> None:
-        self.span = span
+    def __init__(self, info: ServerInfo, *, delay_s: float = 0.0, max_sessions: int = 1000) -> None:
+        self._info = info
         self.num_opened = 0
         self.num_closed = 0
         self.num_tokens_run = 0
@@ -89,7 +89,7 @@ class ArithmeticService:
         self._max_sessions = max_sessions
 
     async def info(self, peer_id: PeerId) -> InfoReply:
-        return InfoReply(arithmetic_server_info(PeerId("somebody"), self.span, num_model_blocks=self.span.end))
+        return InfoReply(self._info)
 
     async def open_session(self, peer_id: PeerId, request: OpenSession) -> "ArithmeticSession":
         self._check(request.model_id, request.span)
@@ -115,8 +115,8 @@ class ArithmeticService:
     def _check(self, model_id: ModelId, span: Span) -> None:
         if model_id != ARITHMETIC_MODEL:
             raise BadRequest(f"this server has {ARITHMETIC_MODEL}, not {model_id}")
-        if not self.span.contains(span):
-            raise BadRequest(f"this server has blocks {self.span}, asked were {span}")
+        if not self._info.span.contains(span):
+            raise BadRequest(f"this server has blocks {self._info.span}, asked were {span}")
 
 
 class ArithmeticSession:

@@ -10,18 +10,25 @@ import trio
 from trio.testing import MockClock
 
 from p2pswarm.core.errors import BadAnswer, DeadlineExceeded, ServerBusy, ServerFailed, SwarmingError
-from p2pswarm.core.ids import SessionId
+from p2pswarm.core.ids import PeerId, SessionId
 from p2pswarm.core.span import Span
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.remote_session import RemoteSession
 from p2pswarm.rpc.server import RpcServer
-from p2pswarm.testing.arithmetic_model import ARITHMETIC_MODEL, ArithmeticService, Tokens, run_blocks
+from p2pswarm.testing.arithmetic_model import (
+    ARITHMETIC_MODEL,
+    ArithmeticService,
+    Tokens,
+    arithmetic_server_info,
+    run_blocks,
+)
 from p2pswarm.testing.faulty_service import Fault, FaultyService
 from p2pswarm.testing.memory_network import MemoryNetwork
 from p2pswarm.wire.codecs import decode_tensor, encode_tensor
 from p2pswarm.wire.messages import Codec, Forward, OpenSession, Step
 
 BLOCKS = Span(1, 3)
+INFO = arithmetic_server_info(PeerId("server"), BLOCKS, num_model_blocks=6)
 TOKENS = torch.tensor([[[1.0], [2.0], [3.0]]])
 TIMEOUT_S = 5.0
 
@@ -48,7 +55,7 @@ def expected(tokens: torch.Tensor) -> torch.Tensor:
 
 
 async def test_it_answers_as_the_service_does_until_it_fails_and_after_it_is_mended(autojump_clock: MockClock) -> None:
-    service = FaultyService(ArithmeticService(BLOCKS))
+    service = FaultyService(ArithmeticService(INFO))
     async with open_session(service) as session:
         first = await step(session, 0, 0)
         service.fault = Fault.IS_BUSY
@@ -72,7 +79,7 @@ async def test_it_answers_as_the_service_does_until_it_fails_and_after_it_is_men
 async def test_each_fault_is_the_error_that_it_should_be(
     fault: Fault, error: type[SwarmingError], message: str, autojump_clock: MockClock
 ) -> None:
-    service = FaultyService(ArithmeticService(BLOCKS))
+    service = FaultyService(ArithmeticService(INFO))
     async with open_session(service) as session:
         service.fault = fault
         with pytest.raises(error, match=message):
@@ -82,14 +89,14 @@ async def test_each_fault_is_the_error_that_it_should_be(
 
 @pytest.mark.parametrize("codec", Codec)
 async def test_nan_gets_through_every_codec(codec: Codec, autojump_clock: MockClock) -> None:
-    service = FaultyService(ArithmeticService(BLOCKS))
+    service = FaultyService(ArithmeticService(INFO))
     async with open_session(service, codec) as session:
         service.fault = Fault.NOT_FINITE
         assert (await step(session, 0, 0)).isnan().all()
 
 
 async def test_a_hang_that_ends_lets_the_answer_come(autojump_clock: MockClock) -> None:
-    service = FaultyService(ArithmeticService(BLOCKS))
+    service = FaultyService(ArithmeticService(INFO))
     async with open_session(service) as session, trio.open_nursery() as nursery:
         service.fault = Fault.HANGS
 
@@ -102,7 +109,7 @@ async def test_a_hang_that_ends_lets_the_answer_come(autojump_clock: MockClock) 
 
 
 async def test_batches_without_a_session_show_the_faults_too() -> None:
-    service = FaultyService(ArithmeticService(BLOCKS))
+    service = FaultyService(ArithmeticService(INFO))
     request = Forward(ARITHMETIC_MODEL, BLOCKS, encode_tensor(TOKENS))
     reply = await service.forward("a peer", request)
     assert torch.equal(decode_tensor(reply.hidden_states), expected(TOKENS))

@@ -68,6 +68,15 @@ def _status_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def _route_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help="its name or id")
+    _add_peers(command)
+    command.add_argument(
+        "--max-length", type=_positive, metavar="TOKENS", help="of the session that the route is for; default: any"
+    )
+    command.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _demo_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt", metavar="PROMPT", nargs="?", default=DEMO_PROMPT, help="default: %(default)r")
     _add_own_swarm(command)
@@ -96,6 +105,7 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "generate": ("write text with a model of the swarm", _generate_flags),
     "status": ("show models, servers, and blocks that nobody serves", _status_flags),
+    "route": ("show the chain of servers that would be chosen now, and why", _route_flags),
     "demo": ("start servers on this machine, write some text with them, stop them", _demo_flags),
     "bench": ("measure a swarm against the local model in the same run", _bench_flags),
 }

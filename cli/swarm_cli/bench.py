@@ -32,7 +32,7 @@ from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.swarm import open_swarm
 from swarm_cli.local_swarm import LocalSwarmPlan, local_swarm, split_evenly
-from swarm_cli.report import route_as_json
+from swarm_cli.route_words import route_as_json
 from swarm_cli.run_async import run_async
 from swarm_cli.sample_model import sample_model
 from swarm_cli.sampling import GREEDY

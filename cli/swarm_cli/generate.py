@@ -16,7 +16,8 @@ from p2pswarm.client.swarm import open_swarm
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.wire.messages import Codec
 from swarm_cli.chat import encode_chat, talk
-from swarm_cli.report import print_summary, route_as_json
+from swarm_cli.report import print_summary
+from swarm_cli.route_words import route_as_json
 from swarm_cli.run_async import run_async
 from swarm_cli.sampling import sampling_options
 from swarm_cli.writing import Generated, encode, generate_text, write_out

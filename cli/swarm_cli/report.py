@@ -1,15 +1,14 @@
-"""What a generation was: its tokens, its route, how fast. For people on stderr, for programs as JSON."""
+"""What a generation was, for people: its route, how fast, what went wrong on the way."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console
 
 from p2pswarm.client.session import Session
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
-from p2pswarm.routing.route import Route, short_peer
+from swarm_cli.route_words import route_in_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,30 +25,6 @@ class Timing:
         if self.num_tokens > 1 and self.total_s > self.time_to_first_token_s:
             return (self.num_tokens - 1) / (self.total_s - self.time_to_first_token_s)
         return self.num_tokens / self.total_s if self.total_s else 0.0
-
-
-def route_as_json(route: Route | None, servers: Mapping[PeerId, ServerInfo]) -> list[dict[str, Any]]:
-    """A route's hops in order."""
-    return [
-        {
-            "peer_id": hop.peer_id,
-            "start": hop.span.start,
-            "end": hop.span.end,
-            "name": servers[hop.peer_id].public_name if hop.peer_id in servers else "",
-        }
-        for hop in (route.hops if route is not None else ())
-    ]
-
-
-def route_in_words(route: Route | None, servers: Mapping[PeerId, ServerInfo]) -> str:
-    """`0:10 name -> 10:20 …peer id`."""
-    hops = route.hops if route is not None else ()
-    return " → ".join(f"{hop.span} {server_name(hop.peer_id, servers)}" for hop in hops)
-
-
-def server_name(peer_id: PeerId, servers: Mapping[PeerId, ServerInfo]) -> str:
-    """Its public name, or the end of its peer id."""
-    return (servers[peer_id].public_name if peer_id in servers else "") or short_peer(peer_id)
 
 
 def print_summary(console: Console, timing: Timing, session: Session, servers: Mapping[PeerId, ServerInfo]) -> None:

@@ -2,35 +2,22 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
-from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from p2pswarm.client.membership import join_swarm
-from p2pswarm.core.errors import ModelNotFound
-from p2pswarm.core.ids import ModelId
-from p2pswarm.core.server_info import ServerInfo, ServerState
-from p2pswarm.core.span import Span, uncovered
+from p2pswarm.core.ids import PeerId
+from p2pswarm.core.server_info import ServerInfo
+from swarm_cli.announced import AnnouncedModel, find_models
+from swarm_cli.route_words import server_name
 from swarm_cli.run_async import run_async
 
-
-@dataclass(frozen=True, slots=True)
-class ModelStatus:
-    """One model as the swarm announces it."""
-
-    model_id: ModelId
-    num_blocks: int
-    servers: tuple[ServerInfo, ...]
-
-    @property
-    def uncovered(self) -> list[Span]:
-        """Blocks that no online server holds."""
-        online = [server.span for server in self.servers if server.state is ServerState.ONLINE]
-        return uncovered(online, Span(0, self.num_blocks))
+MAX_NEXT_SHOWN = 2
+"""Round trips to the nearest servers; `--json` has all that are announced."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -47,28 +34,12 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _look_around(peers: list[str], wanted: str | None) -> list[ModelStatus]:
+async def _look_around(peers: list[str], wanted: str | None) -> list[AnnouncedModel]:
     async with join_swarm(peers) as membership:
-        summaries = await membership.directory.models()
-        chosen = [model_id for model_id in sorted(summaries) if wanted is None or is_named(model_id, wanted)]
-        if wanted is not None and not chosen:
-            announced = f"announced are {', '.join(sorted(summaries))}" if summaries else "no model at all is announced"
-            raise ModelNotFound(f"no model {wanted} in this swarm; {announced}")
-        found = []
-        for model_id in chosen:
-            servers = (await membership.directory.servers(model_id)).values()
-            in_order = sorted(servers, key=lambda server: (server.span, server.peer_id))
-            found.append(ModelStatus(model_id, summaries[model_id].num_blocks, tuple(in_order)))
-        return found
+        return await find_models(membership, wanted)
 
 
-def is_named(model_id: ModelId, wanted: str) -> bool:
-    """Whether the user may mean this model: its id, its name, or a path or hub id that ends in the name."""
-    name = model_id.partition("@")[0]
-    return wanted in (model_id, name) or PurePath(wanted).name.removesuffix(".gguf") == name
-
-
-def as_json(model: ModelStatus) -> dict[str, Any]:
+def as_json(model: AnnouncedModel) -> dict[str, Any]:
     """What `--json` prints of one model."""
     return {
         "model_id": model.model_id,
@@ -87,6 +58,8 @@ def as_json(model: ModelStatus) -> dict[str, Any]:
                 "inference_tokens_per_s": server.inference_tokens_per_s,
                 "cache_tokens_left": server.cache_tokens_left,
                 "max_length": server.max_length,
+                "queue_delay_s": server.queue_delay_s,
+                "next_rtts_s": dict(server.next_rtts_s),
                 "version": server.version,
                 "addresses": list(server.addresses),
             }
@@ -95,14 +68,16 @@ def as_json(model: ModelStatus) -> dict[str, Any]:
     }
 
 
-def print_model(console: Console, model: ModelStatus) -> None:
+def print_model(console: Console, model: AnnouncedModel) -> None:
     """One model as a table."""
     gaps = ", ".join(map(str, model.uncovered))
     coverage = f"[red]nobody serves {gaps}[/]" if gaps else "[green]all served[/]"
     console.print(f"[bold]{model.model_id}[/]: {model.num_blocks} blocks, {coverage}", highlight=False)
     table = Table(box=None, pad_edge=False)
-    for column in ("blocks", "state", "server", "name", "dtype", "tokens/s", "cache left", "version"):
-        table.add_column(column, justify="right" if column in ("tokens/s", "cache left") else "left")
+    numbers = ("tokens/s", "cache left", "queue ms")
+    for column in ("blocks", "state", "server", "name", "dtype", *numbers, "next ms", "version"):
+        table.add_column(column, justify="right" if column in numbers else "left")
+    servers = {server.peer_id: server for server in model.servers}
     for server in model.servers:
         table.add_row(
             str(server.span),
@@ -112,6 +87,14 @@ def print_model(console: Console, model: ModelStatus) -> None:
             server.dtype,
             f"{server.throughput_tokens_per_s:.0f}",
             str(server.cache_tokens_left),
+            f"{1000 * server.queue_delay_s:.0f}",
+            next_in_words(server, servers),
             server.version,
         )
     console.print(table)
+
+
+def next_in_words(server: ServerInfo, servers: Mapping[PeerId, ServerInfo]) -> str:
+    """The nearest servers that may come next in a chain, with their round trips."""
+    nearest = sorted(server.next_rtts_s.items(), key=lambda item: item[1])[:MAX_NEXT_SHOWN]
+    return ", ".join(f"{server_name(peer_id, servers)} {1000 * rtt_s:.0f}" for peer_id, rtt_s in nearest)

@@ -14,6 +14,7 @@ from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.directory.view import ModelView
 from p2pswarm.net.network import Network
 from p2pswarm.rpc.client import RpcClient
+from p2pswarm.rpc.round_trip import measure_round_trip_s
 from swarmd.next_servers import RoundTrips, likely_next
 
 PERIOD_S = 20.0
@@ -54,19 +55,8 @@ class Pings:
     async def _measure(self, server: ServerInfo) -> None:
         self._network.add_addresses(server.peer_id, server.addresses)
         try:
-            round_trip_s = await self._round_trip_s(server.peer_id)
+            round_trip_s = await measure_round_trip_s(self._network, self._rpc, server.peer_id, TIMEOUT_S)
         except SwarmingError:
             self._round_trips.forget(server.peer_id)  # a client that tries it will hear why
         else:
             self._round_trips.note(server.peer_id, round_trip_s, trio.current_time())
-
-    async def _round_trip_s(self, peer_id: PeerId) -> float:
-        measured_s = self._network.round_trip_s(peer_id)
-        if measured_s is None:
-            await self._rpc.info(peer_id, TIMEOUT_S)  # dials, and the connection measures itself
-            measured_s = self._network.round_trip_s(peer_id)
-        if measured_s is None:
-            asked_at_s = trio.current_time()
-            await self._rpc.info(peer_id, TIMEOUT_S)
-            measured_s = trio.current_time() - asked_at_s
-        return measured_s

@@ -8,7 +8,7 @@ import pytest
 
 from swarm_cli.arguments import parse_arguments
 
-COMMANDS = ("generate", "status", "demo", "bench")
+COMMANDS = ("generate", "status", "route", "demo", "bench")
 HELP_S = 0.3
 
 

@@ -1,6 +1,7 @@
 """The command's small decisions: sampling, chat turns, spans, names of models, errors and their exit statuses."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -13,13 +14,15 @@ from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from swarm_cli import __main__ as command
 from swarm_cli import sample_model
+from swarm_cli.announced import AnnouncedModel, is_named
 from swarm_cli.bench import Result, as_json, consecutive_tokens
 from swarm_cli.chat import continue_session
 from swarm_cli.local_swarm import split_evenly
-from swarm_cli.report import Timing, route_in_words
+from swarm_cli.report import Timing
+from swarm_cli.route_words import route_in_words
 from swarm_cli.sampling import GREEDY, sampling_options
-from swarm_cli.status import ModelStatus, is_named
 from swarm_cli.status import as_json as status_as_json
+from swarm_cli.status import next_in_words
 
 
 @pytest.mark.parametrize(
@@ -77,10 +80,17 @@ def server(span: Span, state: ServerState = ServerState.ONLINE, name: str = "") 
 
 
 def test_status_counts_only_servers_that_are_online_as_coverage() -> None:
-    status = ModelStatus(ModelId("m@0"), 8, (server(Span(0, 3)), server(Span(3, 6), ServerState.JOINING)))
+    status = AnnouncedModel(ModelId("m@0"), 8, (server(Span(0, 3)), server(Span(3, 6), ServerState.JOINING)))
     printed = json.loads(json.dumps(status_as_json(status)))
     assert printed["uncovered"] == [[3, 8]]
     assert [entry["state"] for entry in printed["servers"]] == ["online", "joining"]
+
+
+def test_status_names_the_nearest_next_servers() -> None:
+    near, far, farthest = (server(Span(start, 8), name=f"name{start}") for start in (3, 4, 5))
+    first = replace(server(Span(0, 3)), next_rtts_s={far.peer_id: 0.2, near.peer_id: 0.0123, farthest.peer_id: 0.4})
+    assert next_in_words(first, {info.peer_id: info for info in (near, far)}) == "name3 12, name4 200"
+    assert next_in_words(near, {}) == ""
 
 
 def test_speed_is_of_the_tokens_after_the_first() -> None:

@@ -141,6 +141,23 @@ def test_status_shows_models_servers_and_coverage(world: World) -> None:
     assert "8 blocks, all served" in table.stdout
 
 
+def test_route_shows_the_chain_that_generate_would_use(world: World) -> None:
+    printed = json.loads(world.swarm("route", "tiny-llama", "--peers", world.address, "--json").stdout)
+    assert [(hop["name"], hop["start"], hop["end"]) for hop in printed["route"]] == [
+        ("local-0-3", 0, 3),
+        ("local-3-8", 3, 8),
+    ]
+    assert len(printed["round_trips_s"]) == 2
+    assert sum(edge["cost_us"] for edge in printed["edges"]) == printed["cost_us"]
+    assert printed["turned_down"] == []
+    told = world.swarm("route", "tiny-llama", "--peers", world.address, "--max-length", "100")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert "local-0-3 runs 0:3" in told.stdout
+    refused = world.swarm("route", "tiny-llama", "--peers", world.address, "--max-length", "100000")
+    assert refused.returncode == 1
+    assert "100000 are wanted" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

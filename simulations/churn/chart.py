@@ -11,8 +11,8 @@ from simulations.churn.policies import Policy
 COLORS = {
     Policy.RESTARTS: "#c1440e",
     Policy.CACHE_LESS: "#7a7a7a",
-    Policy.ALGORITHM_1: "#1f6fb2",
     Policy.RELAYED: "#8fb8dc",
+    Policy.ALGORITHM_1: "#1f6fb2",
 }
 PANEL_WIDTH, PANEL_HEIGHT, MARGIN = 300, 260, 48
 SLOWEST, FASTEST = 0.1, 30.0

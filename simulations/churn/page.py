@@ -30,18 +30,20 @@ INTRODUCTION = """# What failures cost
   every token depends on all tokens before it, and every text is compared with the true one. None was ever wrong.
 - **The setting is the paper's**: 30 blocks of BLOOM-7.1B in four stages of 8, 7, 8 and 7, each stage on three servers,
   every link 1 Gbit/s and 1 ms one way. What a call takes is in `simulations/churn/setting.py`: four constants, fitted
-  so that without failures the two plain policies make 17.1 and 3.4 steps/s at 128 tokens, 15.5 and 0.92 at 1024, about
-  the speeds of the paper's setting. All else is outcome.
+  so that without failures caching makes 17.1 and 15.5 steps/s, for texts of 128 and 1024 tokens, and cache-less 3.44
+  and 0.92. All else is outcome. (These four speeds are our starting point; we have not verified that they are the
+  paper's own.)
 - **A hand-over fails** with the probability in the table's head: there are five a step, from the client to the first
-  stage, from stage to stage, and back to the client; prompts, replays and whole texts sent again are handed over like
-  single tokens. The server's connections break, its caches are lost, and it is back at once, empty.
+  stage, from stage to stage, and back to the client; replays and whole texts sent again are handed over like single
+  tokens. The server's connections break, its caches are lost, and it is back at once, empty. Five, and restarts that
+  cost little but their lost steps, are the reading under which restarts come out as in the paper.
 - **Policies.** *Caching with restarts*: a failure loses the text, which begins again. *Cache-less*: each token sends
   the whole text through the servers once more. *Algorithm 1*: a session as this project ships it, with its bans, and
   with servers that push to each other; *relayed*: without push, which is how the plain policies work too. The client of
   the plain policies bans nobody, since bans could only make them wait.
-- Averages over {num_seeds} seeds. Restarts repeat the same steps over and over; {num_drawn} such texts a cell are drawn
-  from one that was run without failures and from tries that were run and lost (`simulations/churn/drawn.py`).
-- The paper's numbers stand where we could verify them. Percentages say what is left of the same policy's speed
+- **Averages** over {num_seeds} seeds. Restarts repeat the same steps over and over: {num_drawn} such texts a cell are
+  drawn from one that was run without failures and from tries that were run and lost (`simulations/churn/drawn.py`).
+- **The paper's numbers** stand where we could verify them. Percentages say what is left of the same policy's speed
   without failures.
 
 ![Steps a second over failure rate](churn.svg)

@@ -43,7 +43,7 @@ class ServerPool(Protocol):
 
     def can_push(self, sender: PeerId, receiver: PeerId) -> bool: ...
 
-    def note_failed_push(self, sender: PeerId, receiver: PeerId) -> None: ...
+    def note_push(self, sender: PeerId, receiver: PeerId, *, arrived: bool) -> None: ...
 
     async def is_alive(self, peer_id: PeerId) -> bool:
         """Whether the server answers anything at all."""
@@ -232,6 +232,6 @@ class Chain:
         if reply is None:
             waited_s = trio.current_time() - asked_at_s
             raise DeadlineExceeded(f"no answer to a step of {num_tokens} tokens within {waited_s:.1f} s", hop.peer_id)
-        if pusher is not None and not reply.from_push:
-            self._pool.note_failed_push(pusher.hop.peer_id, hop.peer_id)
+        if pusher is not None:
+            self._pool.note_push(pusher.hop.peer_id, hop.peer_id, arrived=reply.from_push)
         return reply

@@ -3,6 +3,8 @@
 All sessions and calls of a client share what is learnt here: who failed, how long steps take, who can push to whom.
 """
 
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,8 +25,10 @@ from p2pswarm.routing.planner import Planner, RepairRequest, RouteRequest, Serve
 from p2pswarm.routing.route import Hop, Route, short_peers
 from p2pswarm.rpc.client import RpcClient
 
-RELAY_AFTER_FAILED_PUSH_S = 300.0
-"""How long a pair of servers that could not hand on is relayed by the client before the next try."""
+MAX_MISSED_PUSHES = 3
+"""In a row; the first of a pair of servers often comes late, since they have to find each other."""
+RELAY_AFTER_MISSED_PUSHES_S = 300.0
+"""How long the client relays between two servers that could not hand on, before they may try again."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,6 +46,15 @@ class ServerView(Protocol):
     async def refresh(self) -> None:
         """Asks the swarm now."""
         ...
+
+
+@dataclass(slots=True)
+class PushRecord:
+    """How one server handed on to another."""
+
+    num_missed: int = 0
+    """In a row."""
+    relayed_until_s: float = -math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +91,7 @@ class ModelServers:
         self._filter = ServerFilter(config.allowed_servers, config.blocked_servers)
         self._measured_s: dict[PeerId, float] = {}
         self._step_times: dict[Hop, StepTimes] = {}
-        self._relayed_until_s: dict[tuple[PeerId, PeerId], float] = {}
+        self._push_records: defaultdict[tuple[PeerId, PeerId], PushRecord] = defaultdict(PushRecord)
 
     @property
     def known(self) -> Mapping[PeerId, ServerInfo]:
@@ -181,12 +194,15 @@ class ModelServers:
 
     def can_push(self, sender: PeerId, receiver: PeerId) -> bool:
         """Whether the one server can hand on to the other, as far as is known."""
-        until_s = self._relayed_until_s.get((sender, receiver))
-        return until_s is None or until_s <= trio.current_time()
+        return self._push_records[sender, receiver].relayed_until_s <= trio.current_time()
 
-    def note_failed_push(self, sender: PeerId, receiver: PeerId) -> None:
-        """What the one server was to hand on did not come."""
-        self._relayed_until_s[sender, receiver] = trio.current_time() + RELAY_AFTER_FAILED_PUSH_S
+    def note_push(self, sender: PeerId, receiver: PeerId, *, arrived: bool) -> None:
+        """Whether what the one server was to hand on has come in time."""
+        record = self._push_records[sender, receiver]
+        record.num_missed = 0 if arrived else record.num_missed + 1
+        if record.num_missed >= MAX_MISSED_PUSHES:
+            record.relayed_until_s = trio.current_time() + RELAY_AFTER_MISSED_PUSHES_S
+            record.num_missed = 0
 
     async def measure_round_trips(self) -> None:
         """Talks to servers not measured yet, all at once; those that do not answer in time stay unmeasured."""

@@ -17,6 +17,7 @@ from p2pswarm.blocks.architecture import Layout, lay_out, layer_windows
 from p2pswarm.blocks.kv_cache import SpanCache
 from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
+from p2pswarm.blocks.packed_weights import pack_weights
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings, empty_outside
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
@@ -84,9 +85,10 @@ class SpanModel:
         self._passage = _Passage(span)
         for index in range(span.start, span.end):
             layout.blocks[index] = SpanBlock(layout.blocks[index], index, self._passage)
-        make_lean(self._decoder)
-        self.cache_bytes_per_token = self._measure_cache()
+        self.cache_bytes_per_token = 0
         """Keys and values of one token of one sequence, over the whole span."""
+        pack_weights(self._decoder, self._try_out)
+        make_lean(self._decoder)
 
     def new_cache(self, batch_size: int, blocks: Span | None = None, max_length: int | None = None) -> SpanCache:
         """An empty cache of `blocks` (all of the span's) for `batch_size` sequences.
@@ -142,8 +144,8 @@ class SpanModel:
         finally:
             passage.hidden_states = passage.output = None
 
-    def _measure_cache(self) -> int:
-        """Runs one token, and so shows that the span works and that each of its layers keeps keys and values of it."""
+    def _try_out(self) -> None:
+        """Runs one token: shows that the span works, and how much each of its layers keeps of a token."""
         cache = self.new_cache(1)
         try:
             self.run(torch.zeros(1, 1, self.hidden_size), cache, position=0)
@@ -157,7 +159,7 @@ class SpanModel:
                 f"the blocks {', '.join(map(str, forgetful))} keep no keys and values of their own, "
                 "so they cannot be served apart from others"
             )
-        return sum(layer.size_bytes // layer.capacity for layer in cache.held)
+        self.cache_bytes_per_token = sum(layer.size_bytes // layer.capacity for layer in cache.held)
 
 
 def load_span(

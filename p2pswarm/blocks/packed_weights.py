@@ -1,0 +1,174 @@
+"""Linear layers laid out for decoding on a CPU, where one token takes as long as reading the weights does.
+
+On one thread two things make that reading faster, and change no module's interface. Layers that are given the same
+tensor (queries, keys and values; gate and up) lie side by side in one matrix, and for a single token the first of them
+computes all. Matrices that are wider than high, such as these, are stored by columns, so that a token's output is a sum
+of contiguous columns. Prompts go through each layer by itself, in the order of operations they had before.
+
+Measured with MKL on one core of an AMD EPYC, one token through the linear layers of ten blocks of SmolLM2-135M in
+float32: 9.3 ms as loaded, 7.2 packed; adding up all weights takes 7. High matrices become slower by columns (1.7 -> 2.3
+ms), and so does everything in bfloat16, for which torch has no fast way through columns (6 to 38 times slower).
+
+Which layers share an input is seen by running one token; nothing here knows how an architecture names them.
+"""
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+MIN_SUMMANDS = 128
+"""A column is summed up in parts of at least so many products: one after the other, 576 of them err 2.7 times as far
+from the truth as rows do, 144 no further."""
+
+
+def pack_weights(model: nn.Module, run_one_token: Callable[[], object]) -> None:
+    """Repacks the linear layers of a model that is loaded and never trained; `run_one_token` runs it.
+
+    Takes the memory of one group of layers more for a moment, and none in the end.
+    """
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and _can_be_packed(module)]
+    calls = _record_calls(layers, run_one_token)
+    for group in _groups(calls):
+        if len(group) > 1:
+            _join(group)
+        else:
+            pack_layer(group[0])
+
+
+def pack_layer(layer: nn.Module) -> None:
+    """Stores one layer by columns, where that makes it faster. It may be moved, changed and shared as before."""
+    if isinstance(layer, nn.Linear) and _can_be_packed(layer) and layer.out_features > layer.in_features:
+        layer.weight.data = layer.weight.data.t().contiguous().t()
+        layer.__class__ = ColumnLinear
+
+
+class ColumnLinear(nn.Linear):
+    """A linear layer whose weight is stored by columns."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.numel() == self.in_features:
+            return _multiply(states, _in_parts(self.weight.t()), self.bias)
+        return F.linear(states, self.weight, self.bias)
+
+
+class JoinedLinear(nn.Linear):
+    """One of several linear layers that are given the same tensor, its weight a view of the one matrix of them all."""
+
+    matrix: "_Matrix"
+    index: int
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.numel() == self.in_features:
+            return self.matrix.output(self.index, states)
+        return F.linear(states, self.weight, self.bias)
+
+
+class _Matrix:
+    """Computes all layers of a group when the first of them is asked, and keeps the others' outputs until they are."""
+
+    def __init__(self, columns: torch.Tensor, bias: torch.Tensor | None, widths: Sequence[int]) -> None:
+        """`columns: [inputs, outputs]`."""
+        self._parts = _in_parts(columns)
+        self._bias = bias
+        self._widths = list(widths)
+        self._states: torch.Tensor | None = None
+        self._outputs: list[torch.Tensor | None] = []
+        """Of `_states`, those not yet asked for: each is handed out once, so none outlives a change of its input."""
+
+    def output(self, index: int, states: torch.Tensor) -> torch.Tensor:
+        if states is not self._states or (output := self._outputs[index]) is None:
+            outputs = _multiply(states, self._parts, self._bias).split_with_sizes(self._widths, -1)
+            self._states, self._outputs, output = states, list(outputs), outputs[index]
+        self._outputs[index] = None
+        return output
+
+
+def _multiply(states: torch.Tensor, parts: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """One token's states times a matrix `[parts, inputs of a part, outputs]`."""
+    total = torch.bmm(states.reshape(len(parts), 1, -1), parts).sum(0)
+    if bias is not None:
+        total += bias
+    return total if states.ndim == 2 else total.view(*states.shape[:-1], -1)
+
+
+def _in_parts(columns: torch.Tensor) -> torch.Tensor:
+    num_inputs, num_outputs = columns.shape
+    return columns.view(_num_parts(num_inputs), -1, num_outputs)
+
+
+@functools.cache
+def _num_parts(num_inputs: int) -> int:
+    parts = 1
+    while num_inputs % (2 * parts) == 0 and num_inputs // (2 * parts) >= MIN_SUMMANDS:
+        parts *= 2
+    return parts
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """A layer was called."""
+
+    layer: nn.Linear
+    states: torch.Tensor
+    """Kept, so that no later tensor can be mistaken for it."""
+    content: torch.Tensor
+    """A copy: a model might change `states` in place between two layers."""
+
+
+def _can_be_packed(layer: nn.Linear) -> bool:
+    """Whether it is a plain layer that MKL multiplies on one thread; elsewhere the gain is not known."""
+    is_plain = type(layer) is nn.Linear and not layer._forward_pre_hooks and not layer._forward_hooks
+    weight = layer.weight
+    has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
+    is_known = weight.device.type == "cpu" and weight.dtype == torch.float32 and has_mkl
+    return is_plain and is_known and torch.get_num_threads() == 1 and not weight.requires_grad
+
+
+def _record_calls(layers: Iterable[nn.Linear], run_one_token: Callable[[], object]) -> list[_Call]:
+    calls: list[_Call] = []
+
+    def record(layer: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+        assert isinstance(layer, nn.Linear)
+        if arguments and arguments[0].numel() == layer.in_features:
+            calls.append(_Call(layer, arguments[0], arguments[0].clone()))
+
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
+    try:
+        run_one_token()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _groups(calls: Sequence[_Call]) -> list[list[nn.Linear]]:
+    """Layers that were called with one unchanged tensor; of those called more than once, none."""
+    times_called = Counter(id(call.layer.weight) for call in calls)
+    groups: dict[tuple[int, bool], list[_Call]] = {}
+    for call in calls:
+        if times_called[id(call.layer.weight)] == 1:
+            groups.setdefault((id(call.states), call.layer.bias is None), []).append(call)
+    return [
+        [call.layer for call in group]
+        for group in groups.values()
+        if all(torch.equal(call.content, group[0].content) for call in group)
+    ]
+
+
+def _join(layers: Sequence[nn.Linear]) -> None:
+    widths = [layer.out_features for layer in layers]
+    if sum(widths) <= layers[0].in_features:
+        return
+    columns = torch.cat([layer.weight.data for layer in layers]).t().contiguous()
+    biases = [layer.bias.data for layer in layers if layer.bias is not None]
+    matrix = _Matrix(columns, torch.cat(biases) if biases else None, widths)
+    for index, (layer, own_columns) in enumerate(zip(layers, torch.split(columns, widths, dim=1), strict=True)):
+        layer.weight.data = own_columns.t()
+        layer.__class__ = JoinedLinear
+        assert isinstance(layer, JoinedLinear)
+        layer.matrix, layer.index = matrix, index

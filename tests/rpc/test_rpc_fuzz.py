@@ -19,7 +19,17 @@ from p2pswarm.testing.message_strategies import messages
 from p2pswarm.testing.rpc_world import World, open_world, step
 from p2pswarm.testing.running_sum_service import SUM_MODEL, SUM_SPAN, RunningSumService, wire_rows
 from p2pswarm.wire.framed_stream import FramedStream
-from p2pswarm.wire.messages import ErrorCode, ErrorReply, Forward, InfoRequest, Message, OpenSession, Step
+from p2pswarm.wire.messages import (
+    ErrorCode,
+    ErrorReply,
+    Forward,
+    InfoRequest,
+    Message,
+    OpenSession,
+    Push,
+    PushedStep,
+    Step,
+)
 from p2pswarm.wire.serialization import encode_message
 
 Attacks = list[tuple[list[tuple[bytes, float]], str]]
@@ -38,6 +48,8 @@ plausible = st.one_of(
         st.integers(1, 2),
     ),
     st.builds(Step, st.integers(0, 5), st.integers(0, 6), rows),
+    st.builds(PushedStep, st.integers(0, 5), st.integers(0, 6), st.just(2)),
+    st.builds(Push, st.just(SessionId("s")), st.integers(0, 5), rows),
 )
 
 
@@ -78,7 +90,9 @@ def sessions(draw: st.DrawFn) -> list[tuple[bytes, float]]:
     position = 0
     for step_id in range(draw(st.integers(1, 8))):
         row = [1.0] * draw(st.integers(0, 3))
-        sent.append((whole(Step(step_id, position, wire_rows([row]))), draw(waits)))
+        step = Step(step_id, position, wire_rows([row]))
+        pushed = PushedStep(step_id, position, len(row))
+        sent += [(whole(message), draw(waits)) for message in draw(st.sampled_from([[step], [pushed], [pushed, step]]))]
         position = draw(st.integers(0, position + len(row)))
         sent += draw(st.lists(st.tuples(pieces, waits), max_size=1))
     return sent
@@ -124,7 +138,7 @@ async def neighbour(world: World, *, task_status: trio.TaskStatus[None]) -> None
 
 
 async def survive(attacks: Attacks, delay_s: float) -> None:
-    limits = RpcLimits(idle_session_timeout_s=20, idle_stream_timeout_s=20)
+    limits = RpcLimits(idle_session_timeout_s=20, idle_stream_timeout_s=20, call_timeout_s=5)
     answers: list[Message] = []
 
     async def play(world: World, sent: list[tuple[bytes, float]], ending: str) -> None:

@@ -7,6 +7,9 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from p2pswarm.core.errors import RequestRefused
+from p2pswarm.core.ids import PeerId, SessionId
+from p2pswarm.rpc.dial_guard import MAX_DIALS_PER_ASKER
 from p2pswarm.rpc.remote_session import RemoteSession
 from p2pswarm.testing.memory_network import Link
 from p2pswarm.testing.rpc_world import TIMEOUT_S, ChainWorld, open_chain_world
@@ -80,3 +83,53 @@ async def test_a_chain_leaves_nothing_behind(autojump_clock: MockClock) -> None:
             for step_id in range(5):
                 await push(world, sessions, step_id, step_id, [1])
         await world.until_quiet()
+
+
+async def test_servers_learn_from_their_clients_where_the_next_one_is(autojump_clock: MockClock) -> None:
+    async with open_chain_world(2) as world, open_sessions(world) as sessions:
+        first, second = world.servers
+        assert second.peer_id not in first.node.connected_peers
+        await push(world, sessions, 0, 0, [1])
+        assert second.peer_id in first.node.connected_peers
+        for step_id in range(1, 10):
+            await push(world, sessions, step_id, step_id, [1])
+        assert second.server.statistics().num_streams_served == 2  # the session, and one for all pushes
+
+
+async def test_a_client_cannot_have_a_server_dial_many(autojump_clock: MockClock) -> None:
+    async with open_chain_world(12) as world, world.open_session(0, "s0") as session:
+        for step_id, target in enumerate(world.servers[1:]):
+            await session.step(Step(step_id, step_id, wire_rows([[1]]), push_to=target.hop("unknown")), TIMEOUT_S)
+            await trio.sleep(0.2)
+        assert len(world.servers[0].node.connected_peers) == 1 + MAX_DIALS_PER_ASKER
+
+
+async def test_a_next_server_that_is_not_there_costs_the_session_nothing(autojump_clock: MockClock) -> None:
+    nobody = NextHop(PeerId("nobody"), SessionId("s1"), ("/ip4/10.9.9.9/tcp/4001", "nonsense"))
+    async with open_chain_world(1) as world, world.open_session(0, "s0") as session:
+        before_s = trio.current_time()
+        for step_id in range(20):
+            reply = await session.step(Step(step_id, step_id, wire_rows([[1]]), push_to=nobody), TIMEOUT_S)
+            assert read_rows(reply.hidden_states) == [[step_id + 1]]
+        assert trio.current_time() - before_s == pytest.approx(20 * 0.05)
+
+
+async def test_a_next_server_that_hangs_costs_the_session_nothing(autojump_clock: MockClock) -> None:
+    async with open_chain_world(2) as world, open_sessions(world) as sessions:
+        await push(world, sessions, 0, 0, [1])
+        _, second = world.servers
+        world.memory.hang(second.peer_id)
+        before_s = trio.current_time()
+        for step_id in range(1, 20):
+            step = Step(step_id, step_id, wire_rows([[1]]), push_to=second.hop("s1"))
+            assert read_rows((await sessions[0].step(step, TIMEOUT_S)).hidden_states) == [[step_id + 1]]
+        assert trio.current_time() - before_s == pytest.approx(19 * 0.05)
+        world.memory.resume(second.peer_id)
+
+
+async def test_a_failed_step_is_not_pushed(autojump_clock: MockClock) -> None:
+    async with open_chain_world(2) as world, open_sessions(world) as sessions:
+        first, second = world.servers
+        with pytest.raises(RequestRefused, match="not finite"):
+            await sessions[0].step(Step(0, 0, wire_rows([[float("nan")]]), push_to=second.hop("s1")), TIMEOUT_S)
+        assert second.peer_id not in first.node.connected_peers

@@ -75,6 +75,7 @@ def test_all_codecs_and_dtypes_are_listed() -> None:
         f"| next call on a stream | within {DEFAULT_RPC_LIMITS.idle_stream_timeout_s:g} s |",
         f"| next step of a session | within {DEFAULT_RPC_LIMITS.idle_session_timeout_s:g} s |",
         f"| answered within {DEFAULT_RPC_LIMITS.call_timeout_s:g} s |",
+        f"| a push | waits {DEFAULT_RPC_LIMITS.push_wait_s:g} s for its step |",
         f"| taken by the client within {DEFAULT_RPC_LIMITS.send_timeout_s:g} s |",
         f"(ours: {DEFAULT_RPC_LIMITS.max_idle_streams_per_peer} a peer, "
         f"for {DEFAULT_RPC_LIMITS.keep_idle_stream_s:g} s)",

@@ -5,33 +5,21 @@ graph that is kept; only what such a change reaches is searched again. Requests 
 graph: what matters is who has room for the session and who takes one that long, not the numbers, so that two lengths
 share one as long as no server's limit lies between them.
 
-Requests that avoid servers of their own are rare and each different: they are searched from scratch, as all are by
-`routing/shortest_path.py`. Routes are the same either way.
+A request that avoids servers of its own leaves them out as if they were banned, and the next one takes them back in.
+Routes are those of a search from scratch (`routing/shortest_path.py`), to the last tie.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.routing.graph import Vertex
 from p2pswarm.routing.live_graph import LiveGraph
 from p2pswarm.routing.planner import RouteRequest
-from p2pswarm.routing.shortest_path import ShortestPathPlanner
+from p2pswarm.routing.shortest_path import RoutingStatistics, ShortestPathPlanner
 
 MAX_GRAPHS = 8
 """Kept at once; the one not used for longest goes first."""
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingStatistics:
-    """The work of the graphs that are kept now."""
-
-    num_graphs: int
-    num_expanded: int
-    """Vertices settled, since each graph was made."""
-    num_popped: int
-    """Entries taken from queues; those that no longer held count too."""
 
 
 class DStarLitePlanner(ShortestPathPlanner):
@@ -45,18 +33,17 @@ class DStarLitePlanner(ShortestPathPlanner):
             graph.note_changed(changed)
 
     def statistics(self) -> RoutingStatistics:
+        from_scratch = super().statistics()
         searches = [graph.search for graph in self._graphs]
         return RoutingStatistics(
             len(searches),
-            sum(search.num_expanded for search in searches),
-            sum(search.num_popped for search in searches),
+            from_scratch.num_settled + sum(search.num_expanded for search in searches),
+            from_scratch.num_popped + sum(search.num_popped for search in searches),
         )
 
     def _shortest_path(self, request: RouteRequest, now_s: float) -> tuple[int, list[Vertex]] | None:
-        if request.avoided:
-            return super()._shortest_path(request, now_s)
         graph = self._graph_for(request)
-        return graph.path(request.span.start, self._prices(graph.request), self._admission(now_s))
+        return graph.path(request, self._prices(graph.request), self._admission(now_s))
 
     def _graph_for(self, request: RouteRequest) -> LiveGraph:
         """The graph for requests like this one, a new one if there is none."""

@@ -20,11 +20,12 @@ class LiveGraph:
 
     def __init__(self, request: RouteRequest, known: KnownServers) -> None:
         self.request = request
-        """Stands for all of them."""
+        """Stands for all of them, whoever they avoid."""
         self.search: DStarLite[Vertex] = DStarLite(AtClient(request.span.end))
         self._known = known
         self._changed: set[PeerId] = set(known.servers)
-        self._banned: frozenset[PeerId] = frozenset()
+        self._left_out: frozenset[PeerId] = frozenset()
+        """Servers that were banned, or avoided by the request, when a route was last asked for."""
         self._usable: dict[PeerId, ServerInfo] = {}
         self._boundaries: list[int] = []
         self._edges: dict[PeerId, EdgeCosts] = {}
@@ -47,27 +48,30 @@ class LiveGraph:
         """These servers are no longer as they were; looked at when a route is next asked for."""
         self._changed.update(peer_ids)
 
-    def path(self, start: int, prices: DecodePrices, admission: Admission) -> tuple[int, list[Vertex]] | None:
-        """The weight and the vertices of the cheapest path from block `start`; None where there is none."""
-        self._take_changes(start, prices, admission)
-        path = self.search.path(AtClient(start))
+    def path(
+        self, request: RouteRequest, prices: DecodePrices, admission: Admission
+    ) -> tuple[int, list[Vertex]] | None:
+        """The weight and the vertices of the cheapest path for a request that the graph serves; None: no path."""
+        self._take_changes(request, prices, admission)
+        path = self.search.path(AtClient(request.span.start))
         if path is None:
             return None
         weight = self.search.cost(path[0])
         assert weight is not None
         return weight, path
 
-    def _take_changes(self, start: int, prices: DecodePrices, admission: Admission) -> None:
-        banned = frozenset(admission.banned)
-        changed = self._changed | (banned ^ self._banned)
-        self._changed, self._banned = set(), banned
+    def _take_changes(self, request: RouteRequest, prices: DecodePrices, admission: Admission) -> None:
+        """Sets the edges that are no longer as they were."""
+        left_out = request.avoided.union(admission.banned)
+        changed = self._changed | (left_out ^ self._left_out)
+        self._changed, self._left_out = set(), left_out
         for peer_id in changed:
             server = self._known.servers.get(peer_id)
-            if server is not None and admission.objection(server, self.request) is None:
+            if server is not None and admission.objection(server, request) is None:
                 self._usable[peer_id] = server
             else:
                 self._usable.pop(peer_id, None)
-        changed |= self._take_boundaries(start)
+        changed |= self._take_boundaries(request.span.start)
         for peer_id in list(changed):
             changed |= self._known.announcers.get(peer_id, set())
         graph = SpanGraph(self._usable, self._boundaries, prices, self.request.pushes)

@@ -24,6 +24,10 @@ class Graph(Generic[V]):
     """A graph made of all its edges at once; they cost more than 0, and of parallel ones the cheapest counts."""
 
     def __init__(self, edges: Iterable[tuple[V, V, int]]) -> None:
+        self.num_settled = 0
+        """Vertices whose cost was found so far."""
+        self.num_popped = 0
+        """Entries taken from the queue so far: the same, and those that a cheaper one came before."""
         self.successors: dict[V, dict[V, int]] = {}
         self.predecessors: dict[V, dict[V, int]] = {}
         for source, target, weight in edges:
@@ -41,31 +45,32 @@ class Graph(Generic[V]):
 
     def costs_to(self, goal: V, until: V | None = None) -> dict[V, int]:
         """What it costs to get to the goal from each vertex that can; ends early where `until` is settled."""
-        return _settle(goal, lambda vertex: self.predecessors.get(vertex, {}), until)
+        return self._settle(goal, lambda vertex: self.predecessors.get(vertex, {}), until)
 
     def costs_from(self, start: V) -> dict[V, int]:
         """What it costs to get from the start to each vertex that can be reached."""
-        return _settle(start, lambda vertex: self.successors.get(vertex, {}))
+        return self._settle(start, lambda vertex: self.successors.get(vertex, {}))
 
-
-def _settle(origin: V, neighbours: Callable[[V], Mapping[V, int]], until: V | None = None) -> dict[V, int]:
-    """Dijkstra's algorithm: the vertices in the order of their distance from the origin."""
-    settled: dict[V, int] = {}
-    queue = [(0, origin)]
-    best = {origin: 0}
-    while queue:
-        cost, vertex = heapq.heappop(queue)
-        if vertex in settled:
-            continue
-        settled[vertex] = cost
-        if vertex == until:
-            break
-        for neighbour, weight in neighbours(vertex).items():
-            through = cost + weight
-            if through < best.get(neighbour, through + 1):
-                best[neighbour] = through
-                heapq.heappush(queue, (through, neighbour))
-    return settled
+    def _settle(self, origin: V, neighbours: Callable[[V], Mapping[V, int]], until: V | None = None) -> dict[V, int]:
+        """Dijkstra's algorithm: the vertices in the order of their distance from the origin."""
+        settled: dict[V, int] = {}
+        queue = [(0, origin)]
+        best = {origin: 0}
+        while queue:
+            cost, vertex = heapq.heappop(queue)
+            self.num_popped += 1
+            if vertex in settled:
+                continue
+            settled[vertex] = cost
+            if vertex == until:
+                break
+            for neighbour, weight in neighbours(vertex).items():
+                through = cost + weight
+                if through < best.get(neighbour, through + 1):
+                    best[neighbour] = through
+                    heapq.heappush(queue, (through, neighbour))
+        self.num_settled += len(settled)
+        return settled
 
 
 def descend(start: V, goal: V, successors: Callable[[V], Mapping[V, int]], costs_to_goal: Mapping[V, int]) -> list[V]:

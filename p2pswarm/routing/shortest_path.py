@@ -4,7 +4,7 @@ The same facts give the same route: ties go to fewer hops, then to the lowest pe
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random, SystemRandom
 
 from p2pswarm.core.ids import PeerId
@@ -24,6 +24,17 @@ from p2pswarm.routing.search import Graph
 from p2pswarm.routing.spread import spread_hops
 
 
+@dataclass(frozen=True, slots=True)
+class RoutingStatistics:
+    """The work of a planner: in searches from scratch, and in the graphs that it keeps now."""
+
+    num_graphs: int
+    num_settled: int
+    """Vertices whose cost was found."""
+    num_popped: int
+    """Entries taken from queues; those that no longer held count too."""
+
+
 class ShortestPathPlanner:
     """A `Planner` that searches the whole graph each time."""
 
@@ -39,6 +50,8 @@ class ShortestPathPlanner:
         self._bans = bans or BanList()
         self._random = random or SystemRandom()
         self._known = KnownServers()
+        self._num_settled = 0
+        self._num_popped = 0
 
     def update(self, servers: Iterable[ServerInfo], round_trips_s: Mapping[PeerId, float]) -> None:
         self._known.update(servers, round_trips_s)
@@ -78,11 +91,17 @@ class ShortestPathPlanner:
         usable = self._usable(request.request, request.request.span, now_s)
         return Repair(request, usable, self._known, self._prices(request.request)).route()
 
+    def statistics(self) -> RoutingStatistics:
+        return RoutingStatistics(0, self._num_settled, self._num_popped)
+
     def _shortest_path(self, request: RouteRequest, now_s: float) -> tuple[int, list[Vertex]] | None:
         """The weight and the vertices of the cheapest path through the request's blocks; None where there is none."""
         usable, _ = self._admission(now_s).divide(self._known.servers.values(), request)
         graph: Graph[Vertex] = Graph(self._graph(usable, request).edges())
-        return graph.shortest_path(AtClient(request.span.start), AtClient(request.span.end))
+        found = graph.shortest_path(AtClient(request.span.start), AtClient(request.span.end))
+        self._num_settled += graph.num_settled
+        self._num_popped += graph.num_popped
+        return found
 
     def _graph(self, usable: Mapping[PeerId, ServerInfo], request: RouteRequest) -> SpanGraph:
         boundaries = boundaries_within(self._known.span_edges, request.span)

@@ -14,6 +14,7 @@ from simulations.churn.stage_model import FIRST_TOKEN, embedded, next_token
 from simulations.churn.world import World
 
 FAILURES = (RemoteError, NetworkError, SwarmError)
+SHORT_BAN_S = 0.001
 TRY_AGAIN_AFTER_S = 0.01
 """Where the client gives up, its user tries once more; an error that takes no time must not stop the clock."""
 
@@ -32,10 +33,16 @@ class Policy(Enum):
 
     @property
     def config(self) -> ClientConfig:
-        """The plain policies have a client that neither recovers nor bans: a ban could only make them wait."""
-        if self in (Policy.ALGORITHM_1, Policy.RELAYED):
-            return ClientConfig(known_peers_path=None, use_push=self is Policy.ALGORITHM_1)
-        return ClientConfig(known_peers_path=None, use_push=False, max_retries=0, ban_s=0.001)
+        """Of its client. Those of the plain policies ban nobody to speak of: that could only make them wait."""
+        match self:
+            case Policy.RESTARTS:
+                return ClientConfig(known_peers_path=None, use_push=False, ban_s=SHORT_BAN_S, max_retries=0)
+            case Policy.CACHE_LESS:
+                return ClientConfig(known_peers_path=None, use_push=False, ban_s=SHORT_BAN_S)
+            case Policy.ALGORITHM_1:
+                return ClientConfig(known_peers_path=None)
+            case Policy.RELAYED:
+                return ClientConfig(known_peers_path=None, use_push=False)
 
 
 @dataclass

@@ -86,7 +86,7 @@ class StageService:
         if self._random.random() >= self._failure_rate:
             return
         self.num_failures += 1
-        for peer_id in self._network.connected_peers:
+        for peer_id in sorted(self._network.connected_peers):
             await self._network.disconnect(peer_id)
         # Ends the call in silence: an answer has no connection to go by, and this one is not worth a line in the log.
         raise ServerBusy("the hand-over failed")

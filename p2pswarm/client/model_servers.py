@@ -3,6 +3,7 @@
 All sessions and calls of a client share what is learnt here: who failed, how long steps take, who can push to whom.
 """
 
+import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +25,7 @@ from p2pswarm.routing.bans import Ban, BanReason
 from p2pswarm.routing.planner import Planner, RepairRequest, RouteRequest, ServerFilter
 from p2pswarm.routing.route import Hop, Route, short_peers
 from p2pswarm.rpc.client import RpcClient
+from p2pswarm.rpc.round_trip import measure_round_trip_s
 
 MAX_MISSED_PUSHES = 3
 """In a row; the first of a pair of servers often comes late, since they have to find each other."""
@@ -214,10 +216,7 @@ class ModelServers:
 
     async def _measure(self, peer_id: PeerId) -> None:
         self._network.add_addresses(peer_id, self._view.servers[peer_id].addresses)
-        try:
-            await self._rpc.info(peer_id, self._config.ping_timeout_s)  # dials and opens the stream
-            asked_at_s = trio.current_time()
-            await self._rpc.info(peer_id, self._config.ping_timeout_s)
-        except SwarmingError:
-            return  # routing treats an unmeasured server as far away; opening a session will say what is wrong
-        self._measured_s[peer_id] = trio.current_time() - asked_at_s
+        with contextlib.suppress(SwarmingError):  # far away, to routing; opening a session will say what is wrong
+            self._measured_s[peer_id] = await measure_round_trip_s(
+                self._network, self._rpc, peer_id, self._config.ping_timeout_s
+            )

@@ -9,7 +9,7 @@ from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.core.span import Span
 from p2pswarm.routing.costs import CostParts
-from p2pswarm.routing.graph import TIES, AtClient, AtServer, SpanGraph, Vertex, can_push
+from p2pswarm.routing.graph import TIES, AtClient, AtServer, SpanGraph, Vertex, can_push, push_points
 from p2pswarm.routing.prices import DecodePrices
 from p2pswarm.routing.route import Route
 from p2pswarm.routing.search import Graph
@@ -82,8 +82,8 @@ def edges_along(
             sender = servers[before.peer_id]
             leaving = _leaving(sender, prices)
             pushing = RouteEdge(EdgeKind.PUSH, before.peer_id, hop.peer_id, prices.push(sender, server))
-            is_possible = pushes and can_push(sender, server)
-            if is_possible and pushing.cost_us <= leaving.cost_us + entering.cost_us:
+            is_possible = can_push(sender, server) and hop.span.start in push_points(sender.span, server.span)
+            if pushes and is_possible and pushing.cost_us <= leaving.cost_us + entering.cost_us:
                 yield pushing
             else:
                 yield leaving

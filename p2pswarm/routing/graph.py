@@ -9,14 +9,14 @@ Edges, with what they cost; each but the way out runs the blocks of `p` from one
 
     AtClient(b) -> AtServer(c, p)      the way in from the client, for every server that holds block b
     AtServer(b, p) -> AtServer(c, p)   further on the same server
-    AtServer(b, q) -> AtServer(c, p)   pushed from server q, where q announces its round trip to p
+    AtServer(b, q) -> AtServer(c, p)   pushed from server q, if q announces its round trip to p
     AtServer(b, p) -> AtClient(b)      the way out
 
 Servers are changed at boundaries only: where some announced span begins or ends, or the route does. A server may thus
-be left before its span ends, where another one's begins. For routes through the client nothing else could be faster.
-Where servers push, a block run elsewhere only to pass by a better connected server could be, if the detour were shorter
-than the way; that is given up for a graph that grows with spans, not with blocks. There is no way into a server without
-running a block, and so no cycle.
+be left before its span ends, where another one's begins; pushes happen where the one's span ends or the other's begins.
+Through the client, nothing else could be faster. Where servers push, a block run somewhere only to pass by a better
+connected server could be, if the detour were shorter than the way; that is given up for a small graph. There is no way
+into a server without running a block, and so no cycle.
 
 Servers whose distance nobody measured push to each other as well; that is assumed to cost what the detour by the client
 costs, and so needs no edges of its own: the graph grows with the number of servers, not with its square.
@@ -28,7 +28,7 @@ one with fewer hops is shorter, and no way is free.
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -53,10 +53,8 @@ class AtServer(NamedTuple):
 Vertex = AtClient | AtServer
 
 
-class Edge(NamedTuple):
-    source: Vertex
-    target: Vertex
-    weight: int
+Edge = tuple[Vertex, Vertex, int]
+"""From where, to where, at what weight."""
 
 
 class Prices(Protocol):
@@ -88,6 +86,7 @@ class SpanGraph:
     """Ascending, from the lowest block that a route may start at to the goal."""
     prices: Prices
     pushes: bool
+    _stretches: dict[PeerId, dict[int, AtServer]] = field(default_factory=dict, init=False)
 
     def edges(self) -> Iterator[Edge]:
         for server in self.servers.values():
@@ -101,13 +100,12 @@ class SpanGraph:
             self.prices.block_us(server),
         )
         reached = None
-        for start, end in self._stretches(server.span):
-            run_us = (end - start) * block_us
-            there = AtServer(end, server.peer_id)
-            yield Edge(AtClient(start), there, (enter_us + run_us) * TIES + 1)
+        for start, there in self._stretches_of(server).items():
+            run_us = (there.block_index - start) * block_us
+            yield AtClient(start), there, (enter_us + run_us) * TIES + 1
             if reached is not None:
-                yield Edge(reached, there, run_us * TIES)
-            yield Edge(there, AtClient(end), leave_us * TIES + 1)
+                yield reached, there, run_us * TIES
+            yield there, AtClient(there.block_index), leave_us * TIES + 1
             reached = there
         if self.pushes:
             yield from self.pushes_from(server, server.span)
@@ -119,15 +117,24 @@ class SpanGraph:
             if following is None or not can_push(server, following):
                 continue
             push_us, block_us = self.prices.push_us(server, following), self.prices.block_us(following)
-            for start, end in self._stretches(following.span):
-                if span.start < start <= span.end:
-                    weight = (push_us + (end - start) * block_us) * TIES + 1
-                    yield Edge(AtServer(start, server.peer_id), AtServer(end, peer_id), weight)
+            stretches = self._stretches_of(following)
+            for start in push_points(span, following.span):
+                there = stretches.get(start)
+                if there is not None:
+                    weight = (push_us + (there.block_index - start) * block_us) * TIES + 1
+                    yield AtServer(start, server.peer_id), there, weight
 
-    def _stretches(self, span: Span) -> Iterator[tuple[int, int]]:
-        """The span from boundary to boundary, as far as routes go."""
-        first, last = bisect_left(self.boundaries, span.start), bisect_right(self.boundaries, span.end)
-        return pairwise(self.boundaries[first:last])
+    def _stretches_of(self, server: ServerInfo) -> dict[int, AtServer]:
+        """The server's span from boundary to boundary, as far as routes go: where each begins, and its end."""
+        stretches = self._stretches.get(server.peer_id)
+        if stretches is None:
+            first, last = (
+                bisect_left(self.boundaries, server.span.start),
+                bisect_right(self.boundaries, server.span.end),
+            )
+            stretches = {start: AtServer(end, server.peer_id) for start, end in pairwise(self.boundaries[first:last])}
+            self._stretches[server.peer_id] = stretches
+        return stretches
 
 
 def can_push(server: ServerInfo, following: ServerInfo) -> bool:
@@ -137,6 +144,13 @@ def can_push(server: ServerInfo, following: ServerInfo) -> bool:
         and following.peer_id != server.peer_id
         and following.dtype == server.dtype
     )
+
+
+def push_points(span: Span, following: Span) -> set[int]:
+    """The blocks before which a server that runs `span` hands on to one that holds `following`."""
+    return {
+        point for point in (span.end, following.start) if span.start < point <= span.end and following.covers(point)
+    }
 
 
 def boundaries_within(edges: Iterable[int], span: Span) -> list[int]:

@@ -111,9 +111,9 @@ class Repair:
             return
         yield here, AtClient(hop.span.end), self._weight(self._kept_prices.leave_us(server))
         if self._request.request.pushes:
-            for edge in self._graph.pushes_from(server, hop.span):
-                if edge.source.block_index == hop.span.end:
-                    yield here, edge.target, edge.weight
+            for source, target, weight in self._graph.pushes_from(server, hop.span):
+                if source.block_index == hop.span.end:
+                    yield here, target, weight
 
     def _pushing_at(self, block_index: int) -> Iterator[tuple[ServerInfo, AnyVertex]]:
         """Who may be at a boundary with its session, new or kept, and push from there."""

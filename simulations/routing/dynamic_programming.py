@@ -2,11 +2,12 @@
 the first, without a queue and without making a graph. For comparison; nothing else uses it."""
 
 from bisect import bisect_left, bisect_right
+from collections import defaultdict
 from math import inf
 
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
-from p2pswarm.routing.graph import TIES, AtClient, AtServer, SpanGraph, Vertex, can_push
+from p2pswarm.routing.graph import TIES, AtClient, AtServer, SpanGraph, Vertex, can_push, push_points
 from p2pswarm.routing.planner import RouteRequest
 from p2pswarm.routing.shortest_path import ShortestPathPlanner
 
@@ -47,7 +48,7 @@ class Table:
             before_us: dict[PeerId, float] = {}
             for peer_id in ending[index]:
                 best_us, following = leave_us[peer_id] + self.cost_us, CLIENT
-                for other, push_us in (*pushes_us[peer_id], (peer_id, 0)):
+                for other, push_us in (*pushes_us[peer_id].get(boundaries[index], ()), (peer_id, 0)):
                     other_us = push_us + running_us.get(other, inf)
                     if other_us < best_us:
                         best_us, following = other_us, other
@@ -58,13 +59,16 @@ class Table:
             self.cost_us, self._entered[index - 1] = min(ways, default=(inf, CLIENT))
             self.num_places += len(running_us) + 1
 
-    def _pushes_us(self, server: ServerInfo) -> list[tuple[PeerId, int]]:
-        known = ((peer_id, self._graph.servers.get(peer_id)) for peer_id in server.next_rtts_s)
-        return [
-            (peer_id, self._graph.prices.push_us(server, other))
-            for peer_id, other in known
-            if other is not None and can_push(server, other)
-        ]
+    def _pushes_us(self, server: ServerInfo) -> dict[int, list[tuple[PeerId, int]]]:
+        """By boundary: whom the server can hand on to there."""
+        pushes_us: defaultdict[int, list[tuple[PeerId, int]]] = defaultdict(list)
+        for peer_id in server.next_rtts_s:
+            other = self._graph.servers.get(peer_id)
+            if other is not None and can_push(server, other):
+                push_us = self._graph.prices.push_us(server, other)
+                for point in push_points(server.span, other.span):
+                    pushes_us[point].append((peer_id, push_us))
+        return pushes_us
 
     def _ending_at(self) -> list[list[PeerId]]:
         boundaries = self._graph.boundaries

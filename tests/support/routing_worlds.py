@@ -81,6 +81,7 @@ def decode_us(
     round_trips_s: Mapping[PeerId, float],
     cache_tokens: int = 0,
     pushes: bool = True,
+    kept: Collection[Hop] = (),
 ) -> int:
     """What a token takes over these hops, reckoned along the route and not in a graph."""
     costs = CostModel()
@@ -93,7 +94,9 @@ def decode_us(
         source, target = servers[before.peer_id], servers[after.peer_id]
         ways_us = [to_client_us(before.peer_id) + to_client_us(after.peer_id)]
         announced = pushes and before.peer_id != after.peer_id and after.peer_id in source.next_rtts_s
-        if announced and source.dtype == target.dtype:
+        ends, begins = source.span.end == before.span.end, target.span.start == after.span.start
+        at_an_end = ends or begins or before in kept or after in kept
+        if announced and source.dtype == target.dtype and at_an_end:
             ways_us.append(costs.half_round_trip_us(source.next_rtts_s[after.peer_id]))
         total_us += min(ways_us)
     for hop in hops:

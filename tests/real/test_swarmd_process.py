@@ -19,8 +19,8 @@ import trio
 
 from p2pswarm.core.clock import SystemClock
 from p2pswarm.core.errors import ServerBusy, SessionLost
-from p2pswarm.core.ids import ModelId, SessionId
-from p2pswarm.core.server_info import ServerState
+from p2pswarm.core.ids import ModelId, PeerId, SessionId
+from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.dht.config import DhtConfig
 from p2pswarm.dht.node import DhtNode
@@ -102,6 +102,12 @@ def start(model: Path, tmp_path: Path) -> Callable[..., list[str]]:
 
 
 async def read_directory(address: str, model_id: str) -> Mapping[str, tuple[Span, ServerState]]:
+    """Which blocks a client finds in the swarm."""
+    servers = await read_servers(address, model_id)
+    return {peer_id: (info.span, info.state) for peer_id, info in servers.items()}
+
+
+async def read_servers(address: str, model_id: str) -> Mapping[PeerId, ServerInfo]:
     """What a client finds in the swarm."""
     async with open_network(Identity.generate()) as network, trio.open_nursery() as nursery:
         dht = DhtNode(network, SystemClock(), Random(), DhtConfig(serve=False))
@@ -109,7 +115,7 @@ async def read_directory(address: str, model_id: str) -> Mapping[str, tuple[Span
         await dht.bootstrap([address])
         servers = await Directory(dht, SystemClock()).servers(ModelId(model_id))
         nursery.cancel_scope.cancel()
-    return {peer_id: (info.span, info.state) for peer_id, info in servers.items()}
+    return servers
 
 
 def test_a_server_tells_when_it_is_ready_and_ends_in_order(start: Callable[..., list[str]]) -> None:
@@ -154,6 +160,26 @@ def test_servers_find_each_other_take_what_is_missing_and_say_goodbye(start: Cal
         assert trio.run(read_directory, address, ready["model_id"]) == {
             ready["peer_id"]: (Span(0, 3), ServerState.ONLINE)
         }
+
+
+def test_a_server_announces_how_far_away_the_next_one_is(start: Callable[..., list[str]]) -> None:
+    with swarmd(*start("a", "--blocks", "4:8")) as last:
+        ready = last.wait_for("ready")
+        address = ready["addresses"][0]
+        with swarmd(*start("b", "--blocks", "0:4", "--peers", address)) as first:
+            joined = first.wait_for("ready")
+
+            async def until_announced() -> Mapping[PeerId, float]:
+                with trio.fail_after(READY_TIMEOUT_S):
+                    while True:
+                        servers = await read_servers(address, ready["model_id"])
+                        if servers[joined["peer_id"]].next_rtts_s:
+                            return servers[joined["peer_id"]].next_rtts_s
+                        await trio.sleep(0.5)
+
+            round_trips_s = trio.run(until_announced)
+            assert round_trips_s.keys() == {ready["peer_id"]}
+            assert 0 < round_trips_s[ready["peer_id"]] < 1
 
 
 def test_a_second_signal_ends_a_server_at_once(start: Callable[..., list[str]]) -> None:

@@ -2,11 +2,11 @@
 failure, and their room is free at once."""
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from random import Random
-from typing import TypeVar
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from p2pswarm.rpc.server import RpcServer
 from p2pswarm.testing.memory_network import Link, MemoryNetwork
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.messages import OpenSession, PushedStep, Step
+from swarmd.device_thread import InlineDevice
 from swarmd.handler import Served, SpanService
 from swarmd.memory import CacheBudget
 
@@ -38,20 +39,18 @@ TIMEOUT_S = 60.0
 GRACE_S = 5.0
 LATENCY_S = 0.05
 
-Result = TypeVar("Result")
 
-
-class SlowDevice:
-    """A `swarmd.device_thread.Device` that takes simulated time, for one function after the other."""
+class SlowDevice(InlineDevice):
+    """Takes simulated time, for one function after the other."""
 
     def __init__(self) -> None:
         self.work_s = 0.1
         self._turn = trio.Lock()
 
-    async def run(self, function: Callable[[], Result]) -> Result:
+    async def run(self, *arguments: Any, **options: Any) -> Any:
         async with self._turn:
             await trio.sleep(self.work_s)
-            return function()
+            return await super().run(*arguments, **options)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The announced waiting time is what requests have waited lately, and is forgotten when none come."""
 
+import math
 import threading
 from functools import partial
 from itertools import pairwise
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from trio.testing import wait_all_tasks_blocked
 
 from swarmd.device_thread import open_device_thread
-from swarmd.queue_delay import QueueDelay
+from swarmd.queue_delay import TIME_CONSTANT_S, QueueDelay
 
 WAITS_S = st.floats(0, 100)
 GAPS_S = st.floats(0, 100)
@@ -56,16 +57,24 @@ def test_the_figure_is_never_above_the_longest_wait_and_never_rises_by_itself(
 
 async def test_the_device_thread_tells_how_long_functions_wait() -> None:
     now_s = 0.0
-    gate = threading.Event()
+    first_started, first_may_end, second_started, second_may_end = (threading.Event() for _ in range(4))
+
+    def work(started: threading.Event, may_end: threading.Event) -> None:
+        started.set()
+        may_end.wait(10.0)
+
     async with open_device_thread(clock_s=lambda: now_s) as device:
         assert device.queue_delay_s == 0
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(device.run, partial(gate.wait, 10.0))
-            await wait_all_tasks_blocked()
-            nursery.start_soon(device.run, lambda: None)
+            nursery.start_soon(device.run, partial(work, first_started, first_may_end))
+            await trio.to_thread.run_sync(first_started.wait)
+            nursery.start_soon(device.run, partial(work, second_started, second_may_end))
             await wait_all_tasks_blocked()
             now_s = 10.0
-            gate.set()
-        assert 1 <= device.queue_delay_s <= 10 * 0.2
+            first_may_end.set()
+            await trio.to_thread.run_sync(second_started.wait)
+            now_s = 11.0
+            second_may_end.set()
+        assert device.queue_delay_s == pytest.approx(10 * (1 - math.exp(-1 / TIME_CONSTANT_S)))
         now_s = 100.0
         assert device.queue_delay_s < 0.01

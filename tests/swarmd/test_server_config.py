@@ -39,7 +39,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_an_unknown_key_is_refused_with_its_likely_meaning(tmp_path: Path) -> None:
     path = write(tmp_path, 'model = "m"\nnum-block = 4\n')
     with pytest.raises(
-        ConfigError, match=r"unknown key 'num-block' \(did you mean 'num-blocks'\?\); known are announce, blocks, .*threads"
+        ConfigError, match=r"unknown key 'num-block' \(did you mean 'num-blocks'\?\); known are announce, .*threads"
     ):
         read_config(ServerConfig, {}, path)
 

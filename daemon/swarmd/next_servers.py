@@ -16,8 +16,10 @@ MAX_AT_END = 5
 """Servers measured in one round, of those that can take over where our span ends."""
 MAX_WITHIN = 5
 """Of those that begin within our span: a route may leave us early."""
-SMOOTHING = 0.2
-"""The newest measurement's share: one slow answer hardly counts."""
+RISING_SHARE = 0.2
+"""Of a measurement that is longer than what is known: one slow answer hardly counts."""
+FALLING_SHARE = 0.5
+"""Of a shorter one: noise only ever adds, most of all to the first, when both ends are still busy with their start."""
 LIFETIME_S = 300.0
 """Of a measurement that is not repeated, because others were chosen meanwhile."""
 MAX_KEPT = 20
@@ -50,7 +52,8 @@ class RoundTrips:
     def note(self, peer_id: PeerId, round_trip_s: float, now_s: float) -> None:
         before = self._measured.get(peer_id)
         if before is not None:
-            round_trip_s = before.round_trip_s + SMOOTHING * (round_trip_s - before.round_trip_s)
+            share = RISING_SHARE if round_trip_s > before.round_trip_s else FALLING_SHARE
+            round_trip_s = before.round_trip_s + share * (round_trip_s - before.round_trip_s)
         self._measured[peer_id] = _Measured(round_trip_s, now_s)
 
     def forget(self, peer_id: PeerId) -> None:

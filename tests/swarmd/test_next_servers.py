@@ -84,6 +84,15 @@ def test_one_slow_answer_hardly_counts_and_a_lasting_change_does() -> None:
     assert abs(round_trips.nearest(60.0)[peer_id] - 0.6) < 0.01
 
 
+def test_a_first_measurement_that_was_too_long_is_soon_forgotten() -> None:
+    round_trips = RoundTrips()
+    peer_id = PeerId("next")
+    round_trips.note(peer_id, 1.0, now_s=0.0)
+    for number in range(5):
+        round_trips.note(peer_id, 0.01, now_s=20.0 * number)
+    assert round_trips.nearest(100.0)[peer_id] < 0.05
+
+
 def test_what_is_old_or_did_not_answer_is_forgotten() -> None:
     round_trips = RoundTrips()
     round_trips.note(PeerId("old"), 0.1, now_s=0.0)

@@ -16,6 +16,7 @@ from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.input_history import InputHistory
 from p2pswarm.client.link import HopFailed, Link, LinkTerms, open_link
 from p2pswarm.client.model_servers import ModelServers, dtype_of
+from p2pswarm.client.recovery import Recovery
 from p2pswarm.client.single_error import single_error
 from p2pswarm.client.step_input import in_parts
 from p2pswarm.core.errors import NetworkError, RemoteError, RequestRefused
@@ -43,7 +44,7 @@ class Mender:
         self._nursery = nursery
 
     async def fill_gaps(
-        self, chain: Chain, history: InputHistory, passage: Passage, avoided: frozenset[PeerId]
+        self, chain: Chain, history: InputHistory, passage: Passage, recovery: Recovery
     ) -> list[HopFailed]:
         """Opens links and replays what they have missed, so that `passage` can be run.
 
@@ -52,7 +53,8 @@ class Mender:
         """
         self._widen_to_what_is_remembered(chain, history)
         if chain.gaps:
-            failures = await self._open(chain, await self._planned(chain, history.length, avoided))
+            planned = await self._planned(chain, history.length, frozenset(recovery.avoided))
+            failures = await self._open(chain, planned, recovery.open_timeout_s)
             if failures:
                 return failures
             history.forget_all_but({link.hop.span.start for link in chain.links})
@@ -92,7 +94,7 @@ class Mender:
             planned |= {hop: self._servers.known[hop.peer_id] for hop in route.hops if hop not in chain.hops}
         return planned
 
-    async def _open(self, chain: Chain, planned: Mapping[Hop, ServerInfo]) -> list[HopFailed]:
+    async def _open(self, chain: Chain, planned: Mapping[Hop, ServerInfo], timeout_s: float) -> list[HopFailed]:
         """Opens links at all of the hops at once; the failures."""
         failures: list[HopFailed] = []
 
@@ -106,7 +108,7 @@ class Mender:
                         server,
                         dtype_of(server),
                         self._terms,
-                        self._config.open_timeout_s,
+                        timeout_s,
                     )
                 chain.add(link)
             except (RemoteError, NetworkError, RequestRefused) as error:

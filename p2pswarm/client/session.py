@@ -163,19 +163,18 @@ class Session:
         recovery = Recovery(self._config)
         chain, started_at_s = running.chain, trio.current_time()
         while True:
+            failures: list[HopFailed] = []
             try:
-                for failed in await running.mender.fill_gaps(
-                    chain, running.history, passage, frozenset(recovery.avoided)
-                ):
-                    self._note_failure(failed, recovery)
-                if chain.gaps:
-                    continue
-                output = await chain.run(passage, running.history)
-                break
-            except HopFailed as failed:
-                self._note_failure(failed, recovery)
+                failures = await running.mender.fill_gaps(chain, running.history, passage, recovery)
+                if not failures:
+                    output = await chain.run(passage, running.history)
+                    break
+            except HopFailed as failure:
+                failures = [failure]
             except MissingBlocksError as error:
                 await self._wait_for_blocks(error, recovery, running)
+            for failed in failures:
+                self._note_failure(failed, recovery)
         route_before, running.route = running.route, Route(chain.hops)
         if recovery.num_failures and route_before is not None:
             self.num_recoveries += 1

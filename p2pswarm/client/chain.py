@@ -19,7 +19,7 @@ import trio
 
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.input_history import InputHistory
-from p2pswarm.client.link import HopFailed, Link, at_hop, decode_finite
+from p2pswarm.client.link import HopFailed, Link, decode_finite
 from p2pswarm.client.step_input import StepInput
 from p2pswarm.client.step_times import StepTimes
 from p2pswarm.core.errors import BadAnswer, DeadlineExceeded, NetworkError, RemoteError, RequestRefused
@@ -32,6 +32,9 @@ from p2pswarm.wire.messages import Codec, PushedStep, Step, StepReply, WireTenso
 PUSH_PATIENCE = 1.5
 """A push that takes that many times what the step usually takes is not waited for any longer."""
 MIN_PUSH_PATIENCE_S = 0.25
+MAX_PUSHED_BYTES = 64 << 10
+"""A copy of that size is sent without waiting for the server to read it, which may be busy sending us its answer to the
+push: two ends that wait for each other to read would never end. Prompts are relayed."""
 
 
 class ServerPool(Protocol):
@@ -150,12 +153,11 @@ class Chain:
     async def run(self, passage: Passage, history: InputHistory) -> torch.Tensor:
         """The hidden states after the last block. There must be no gaps.
 
-        Raises `HopFailed` when a link fails (it is dropped then), `RequestRefused` where a server finds the step itself
-        wrong.
+        Raises `HopFailed` when a link fails; it is dropped then.
         """
         passage.states[self.span.start] = passage.step.hidden_states
         pending = [link for link in self.links if link.answered_step_id != passage.step_id]
-        pushed = self._pushed_to(pending, passage.step_id)
+        pushed = self._pushed_to(pending, passage)
         for index, link in enumerate(pending):
             next_link = pending[index + 1] if index + 1 < len(pending) and pushed[index + 1] else None
             if pushed[index]:
@@ -176,15 +178,17 @@ class Chain:
             await self._pass_through(link, passage, None)
         return passage.states[link.hop.span.end]
 
-    def _pushed_to(self, pending: Sequence[Link], step_id: int) -> list[bool]:
+    def _pushed_to(self, pending: Sequence[Link], passage: Passage) -> list[bool]:
         """Which links get the step from the one before."""
+        if not self._config.use_push or passage.step.hidden_states.nbytes > MAX_PUSHED_BYTES:
+            return [False] * len(pending)
         return [False] + [
-            self._config.use_push
+            before.hop.peer_id != link.hop.peer_id
             and before.dtype == link.dtype
             and before.can_push
             and link.can_push
-            and before.sent_step_id != step_id
-            and link.announced_step_id != step_id
+            and before.sent_step_id != passage.step_id
+            and link.announced_step_id != passage.step_id
             and self._pool.can_push(before.hop.peer_id, link.hop.peer_id)
             for before, link in itertools.pairwise(pending)
         ]
@@ -193,11 +197,14 @@ class Chain:
     def _failing(self, link: Link) -> Iterator[None]:
         try:
             yield
-        except RequestRefused as error:
-            raise at_hop(error, link.hop) from error
-        except (RemoteError, NetworkError) as error:
-            self.drop([link])
+        except (RemoteError, NetworkError, RequestRefused) as error:
+            self.drop([link, *(self._fed_by(link) if isinstance(error, RemoteError) else ())])
             raise HopFailed(link.hop, error) from error
+
+    def _fed_by(self, liar: Link) -> list[Link]:
+        """Links that may have run what a server handed on that has been found wrong since."""
+        following = self.links[self.links.index(liar) + 1 :]
+        return [link for link in following if link.owes_an_answer]
 
     async def _pass_through(
         self, link: Link, passage: Passage, pusher: Link | None, history: InputHistory | None = None
@@ -217,7 +224,7 @@ class Chain:
         """The link's answer. A server that is late is asked whether it is alive; one that is only busy gets longer."""
         hop, num_tokens, asked_at_s = link.hop, passage.step.num_tokens_in_total, trio.current_time()
         times = self._pool.step_times(hop)
-        declared_s = link.declared_s(num_tokens, self._pool.round_trip_s(hop.peer_id))
+        declared_s = link.declared_s(passage.step, self._pool.round_trip_s(hop.peer_id))
         reply = None
         if pusher is not None:
             patience_s = max(MIN_PUSH_PATIENCE_S, PUSH_PATIENCE * times.expected_s(num_tokens, declared_s))

@@ -144,15 +144,16 @@ class InputHistory:
         end = position + values.shape[1]
         column = self._columns.get(key)
         kept = column.values if column is not None else values[:, :0]
-        if kept.shape[1] < end:
-            kept = self._grown(kept, position, end)
+        dtype = torch.promote_types(kept.dtype, values.dtype)  # a stand-in may compute in a wider one
+        if kept.shape[1] < end or kept.dtype != dtype:
+            kept = self._grown(kept, position, end, dtype)
         kept[:, position:end] = values
         self._columns[key] = Column(kept, end)
 
-    def _grown(self, values: torch.Tensor, num_kept: int, length: int) -> torch.Tensor:
+    def _grown(self, values: torch.Tensor, num_kept: int, length: int, dtype: torch.dtype) -> torch.Tensor:
         doubled = max(FIRST_CAPACITY_TOKENS, 2 * values.shape[1])
         capacity = max(length, min(doubled, self._max_length))
-        grown = values.new_empty((self.batch_size, capacity, *values.shape[2:]))
+        grown = values.new_empty((self.batch_size, capacity, *values.shape[2:]), dtype=dtype)
         grown[:, :num_kept] = values[:, :num_kept]
         return grown
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 import trio
 
+from p2pswarm.client.step_input import StepInput
 from p2pswarm.client.step_times import declared_step_s
 from p2pswarm.core.errors import BadAnswer, NetworkError, RemoteError, RequestRefused
 from p2pswarm.core.ids import ModelId, SessionId
@@ -19,6 +20,8 @@ from p2pswarm.routing.route import Hop
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.remote_session import RemoteSession
 from p2pswarm.wire.codecs import decode_tensor
+from p2pswarm.wire.framed_stream import SLOWEST_BYTES_PER_S
+from p2pswarm.wire.frames import num_bytes
 from p2pswarm.wire.messages import (
     MAX_NEXT_HOP_ADDRESSES,
     Codec,
@@ -29,6 +32,9 @@ from p2pswarm.wire.messages import (
     StepReply,
     WireTensor,
 )
+
+SEND_TIMEOUT_S = 30.0
+"""For a server to begin to take a step; long ones get the time that a slow path needs."""
 
 HopError = TypeVar("HopError", bound=RemoteError | NetworkError | RequestRefused)
 
@@ -98,7 +104,8 @@ class Link:
         if self.sent_step_id != step.step_id:
             self.sent_step_id = step.step_id
             self._asked = step
-            await self._remote.send(step)
+            path_s = num_bytes(step.hidden_states.data) / SLOWEST_BYTES_PER_S
+            await self._remote.send(step, SEND_TIMEOUT_S + path_s)
 
     async def announce(self, step: PushedStep) -> None:
         """Tells the server to await the step from the server before it."""
@@ -111,9 +118,12 @@ class Link:
         assert self._asked is not None, "nothing was asked"
         return await self._remote.reply_within(self._asked, timeout_s)
 
-    def declared_s(self, num_tokens: int, round_trip_s: float) -> float:
-        """What a step of so many tokens takes by the server's own announcement."""
-        return declared_step_s(self.server, self.hop.span.num_blocks, num_tokens, round_trip_s)
+    def declared_s(self, step: StepInput, round_trip_s: float) -> float:
+        """What such a step takes by the server's own announcement."""
+        sent_bytes = 2 * step.hidden_states.nbytes  # there and back
+        return declared_step_s(
+            self.server, self.hop.span.num_blocks, step.num_tokens_in_total, sent_bytes, round_trip_s
+        )
 
     def close(self) -> None:
         """Ends the session at the server, without waiting."""

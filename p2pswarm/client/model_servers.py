@@ -16,7 +16,7 @@ import trio
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.recovery import HopFailure, ban_reason
 from p2pswarm.client.step_times import StepTimes
-from p2pswarm.core.errors import MissingBlocksError, SwarmingError
+from p2pswarm.core.errors import MissingBlocksError, NetworkError, RemoteError, RequestRefused, SwarmingError
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span, uncovered
@@ -31,6 +31,8 @@ MAX_MISSED_PUSHES = 3
 """In a row; the first of a pair of servers often comes late, since they have to find each other."""
 RELAY_AFTER_MISSED_PUSHES_S = 300.0
 """How long the client relays between two servers that could not hand on, before they may try again."""
+MAX_STEP_TIMES = 1024
+"""Hops whose times are remembered, before those of servers that have left are forgotten."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -186,12 +188,16 @@ class ModelServers:
         """Whether the server answers anything at all."""
         try:
             await self._rpc.info(peer_id, self._config.ping_timeout_s)
-        except SwarmingError:
+        except NetworkError:
             return False
+        except (RemoteError, RequestRefused):
+            return True  # whatever it says: a server with its hands full has no room for a question either
         return True
 
     def step_times(self, hop: Hop) -> StepTimes:
         """How long the hop's server has needed for steps through these blocks, in any session."""
+        if len(self._step_times) > MAX_STEP_TIMES:  # servers come and go
+            self._step_times = {hop: times for hop, times in self._step_times.items() if hop.peer_id in self.known}
         return self._step_times.setdefault(hop, StepTimes())
 
     def can_push(self, sender: PeerId, receiver: PeerId) -> bool:

@@ -61,6 +61,8 @@ class Recovery:
         """Notes that the server of `blocks` failed. Raises `error` when it was one too many for `max_retries`,
         `MissingBlocksError` when the time is up."""
         self._start(now_s)
+        if isinstance(error, RequestRefused) and isinstance(self.last_failure, RequestRefused):
+            raise error  # two servers say that the request is wrong
         self.last_failure = error
         self.num_failures += 1
         if error.peer_id is not None:
@@ -85,6 +87,11 @@ class Recovery:
         self.num_waits += 1
         assert self._deadline_s is not None
         return min(wait_s, self._deadline_s - now_s)
+
+    def do_not_count(self, elapsed_s: float) -> None:
+        """Puts the deadline off by time that was spent well, on a replay that worked."""
+        if self._deadline_s is not None:
+            self._deadline_s += elapsed_s
 
     def explained(self, error: MissingBlocksError) -> SwarmingError:
         """The error with the failures that led to it."""

@@ -10,7 +10,7 @@ Read `chain.py` for how a step passes, `mending.py` for how servers are replaced
 
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -87,13 +87,18 @@ class Session:
         """The hidden states [batch, tokens, hidden] after the model's last block.
 
         Raises `MissingBlocksError` where blocks stay without a server, `RemoteError` or `NetworkError` naming the last
-        server that failed when there were too many failures, `RequestRefused` when a server finds the step itself
-        wrong, `SessionClosed` on a closed session. After an error, or cancelled, the session is at the step's position.
+        server that failed when there were too many failures, `RequestRefused` when two servers, or the only one, find
+        the step itself wrong, `SessionClosed` on a closed session. After an error, or cancelled, the session is at the
+        step's position.
         """
         self._check(step)
         with self._alone():
             running = self._running_for(step)
-            parts = [await self._run_part(running, part) for part in in_parts(step, self._config.max_step_bytes)]
+            try:
+                parts = [await self._run_part(running, part) for part in in_parts(step, self._config.max_step_bytes)]
+            except BaseException:
+                self._position = step.position
+                raise
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def close(self) -> None:
@@ -102,9 +107,13 @@ class Session:
         if self._running is not None:
             self._running.close()
 
-    def _check(self, step: StepInput) -> None:
+    def _check_open(self) -> None:
         if self._is_closed:
             raise SessionClosed("this session is closed; open a new one")
+
+    def _check(self, step: StepInput) -> None:
+        self._check_open()
+        step.check()
         hidden_size = self._servers.facts.hidden_size
         if step.hidden_states.ndim != 3 or step.hidden_states.shape[2] != hidden_size:
             raise ConfigError(
@@ -153,6 +162,8 @@ class Session:
             output = await self._through(running, passage)
         except BaseException:
             running.give_up(passage, before)
+            if self._is_closed:
+                running.close()
             raise
         running.history.commit(step.end)
         self._position = step.end
@@ -165,16 +176,18 @@ class Session:
         while True:
             failures: list[HopFailed] = []
             try:
+                filling_since_s = trio.current_time()
                 failures = await running.mender.fill_gaps(chain, running.history, passage, recovery)
                 if not failures:
+                    recovery.do_not_count(trio.current_time() - filling_since_s)
+                    self._check_open()
                     output = await chain.run(passage, running.history)
                     break
-            except HopFailed as failure:
-                failures = [failure]
+            except HopFailed as failed:
+                failures = [failed]
             except MissingBlocksError as error:
                 await self._wait_for_blocks(error, recovery, running)
-            for failed in failures:
-                self._note_failure(failed, recovery)
+            self._note_failures(failures, recovery)
         route_before, running.route = running.route, Route(chain.hops)
         if recovery.num_failures and route_before is not None:
             self.num_recoveries += 1
@@ -188,12 +201,16 @@ class Session:
             )
         return output
 
-    def _note_failure(self, failed: HopFailed, recovery: Recovery) -> None:
-        self._servers.report_failure(failed.error)
-        recovery.after_failure(failed.error, failed.hop.span, trio.current_time())
+    def _note_failures(self, failures: Sequence[HopFailed], recovery: Recovery) -> None:
+        self._check_open()
+        for failed in failures:
+            self._servers.report_failure(failed.error)
+        for failed in failures:
+            recovery.after_failure(failed.error, failed.hop.span, trio.current_time())
 
     async def _wait_for_blocks(self, error: MissingBlocksError, recovery: Recovery, running: "_Running") -> None:
         """Waits until another try makes sense. Raises the error when it does not, or when the time is up."""
+        self._check_open()
         if running.route is None and not self._servers.may_return(error.missing, self.max_length):
             raise recovery.explained(error)
         wait_s = recovery.wait_s(error, trio.current_time())

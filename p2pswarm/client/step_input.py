@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from p2pswarm.core.errors import ConfigError
+
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
@@ -20,6 +22,18 @@ class StepInput:
     """int64 [batch, tokens]. None: position, position + 1, ..."""
     beam_indices: torch.Tensor | None = None
     """int64 [batch]: the row that each row goes on from."""
+
+    def check(self) -> None:
+        """Raises `ConfigError` where the parts do not fit one another."""
+        if self.hidden_states.ndim != 3:
+            raise ConfigError(f"hidden states are [batch, tokens, hidden], got {list(self.hidden_states.shape)}")
+        extras = {"attention_mask": self.attention_mask, "position_ids": self.position_ids}
+        for name, tensor in extras.items():
+            if tensor is not None and tensor.shape != self.hidden_states.shape[:2]:
+                raise ConfigError(f"{name} is {list(self.hidden_states.shape[:2])} here, got {list(tensor.shape)}")
+        beams = self.beam_indices
+        if beams is not None and (beams.shape != (self.batch_size,) or not ((beams >= 0) & (beams < len(beams))).all()):
+            raise ConfigError(f"beam_indices are a row below {self.batch_size} for each row, got {beams.tolist()}")
 
     @property
     def batch_size(self) -> int:

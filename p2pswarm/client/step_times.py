@@ -11,6 +11,8 @@ SHORT_STEP_TOKENS = 16
 MEAN_GAIN, DEVIATION_GAIN = 1 / 8, 1 / 4
 ALLOWANCE = 4.0
 """A server is late after that many times what it usually takes."""
+SLOW_PATH_BYTES_PER_S = 250_000
+"""Assumed until a step has been measured: 2 Mbit/s."""
 
 
 class StepTimes:
@@ -44,8 +46,8 @@ class StepTimes:
         return max(min_s, ALLOWANCE * (expected_s + self._deviation_s))
 
 
-def declared_step_s(server: ServerInfo, num_blocks: int, num_tokens: int, round_trip_s: float) -> float:
-    """What a step takes by the rates that the server announces; the round trip alone where it announces none."""
+def declared_step_s(server: ServerInfo, num_blocks: int, num_tokens: int, num_bytes: int, round_trip_s: float) -> float:
+    """What a step takes by the rates that the server announces; the way there and back where it announces none."""
     rate = server.forward_tokens_per_s if num_tokens > SHORT_STEP_TOKENS else server.inference_tokens_per_s
     compute_s = num_tokens * num_blocks / rate if rate > 0 else 0.0
-    return round_trip_s + server.queue_delay_s + compute_s
+    return round_trip_s + num_bytes / SLOW_PATH_BYTES_PER_S + server.queue_delay_s + compute_s

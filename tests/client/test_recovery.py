@@ -88,6 +88,23 @@ def test_refusal_by_all_servers_is_told_at_once() -> None:
         recovery.wait_s(MISSING, 0.0)
 
 
+def test_two_servers_that_refuse_a_step_are_believed_and_one_is_not() -> None:
+    recovery = Recovery(ClientConfig(known_peers_path=None))
+    recovery.after_failure(RequestRefused("no", PEER), BLOCKS, 0.0)
+    assert recovery.avoided == {PEER}
+    with pytest.raises(RequestRefused, match="no, really"):
+        recovery.after_failure(RequestRefused("no, really", PeerId("another")), BLOCKS, 0.0)
+
+
+def test_time_spent_on_a_replay_that_worked_does_not_count() -> None:
+    recovery = Recovery(ClientConfig(known_peers_path=None, recovery_timeout_s=60.0))
+    recovery.after_failure(ConnectionLost("gone", PEER), BLOCKS, 0.0)
+    recovery.do_not_count(300.0)
+    recovery.after_failure(ConnectionLost("gone too", PEER), BLOCKS, 310.0)
+    with pytest.raises(MissingBlocksError):
+        recovery.wait_s(MISSING, 360.0)
+
+
 def test_impossible_times_and_counts_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_retries is 0 or more, or None, got -1"):
         ClientConfig(max_retries=-1)
@@ -117,7 +134,7 @@ def test_unsteady_server_is_given_more_time_and_a_fast_one_the_shortest_there_is
 
 def test_prompts_are_judged_by_the_time_a_token_and_by_announcements_at_first() -> None:
     times, server = StepTimes(), sum_server_info(PEER)  # announces one token a second through one block
-    declared_s = declared_step_s(server, num_blocks=4, num_tokens=100, round_trip_s=0.5)
+    declared_s = declared_step_s(server, num_blocks=4, num_tokens=100, num_bytes=25_000, round_trip_s=0.4)
     assert declared_s == pytest.approx(400.5)
     assert times.late_after_s(100, declared_s, 3.0) == pytest.approx(4 * 400.5)
     times.note(100, 10.0)

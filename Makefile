@@ -45,6 +45,7 @@ demo: setup
 sim: setup
 	$(BIN)/python -m simulations.transport.run
 	$(BIN)/python -m simulations.dht.run
+	$(BIN)/python -m simulations.routing.run
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation

@@ -35,10 +35,10 @@ class BanList:
     """The bans of one client; times are on whatever clock the caller uses throughout."""
 
     def __init__(self, ban_s: float = 15.0, max_ban_s: float = 600.0) -> None:
-        if not 0 < ban_s <= max_ban_s:
-            raise ValueError(f"a first ban is longer than 0 s and at most the longest one, got {ban_s}, {max_ban_s}")
+        if not ban_s > 0:
+            raise ValueError(f"a ban is longer than 0 s, got {ban_s}")
         self._ban_s = ban_s
-        self._max_ban_s = max_ban_s
+        self._max_ban_s = max(ban_s, max_ban_s)
         self._bans: dict[PeerId, Ban] = {}
 
     def add(self, peer_id: PeerId, now_s: float, reason: BanReason) -> Ban:

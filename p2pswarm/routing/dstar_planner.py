@@ -18,7 +18,7 @@ from p2pswarm.routing.live_graph import LiveGraph
 from p2pswarm.routing.planner import RouteRequest
 from p2pswarm.routing.shortest_path import RoutingStatistics, ShortestPathPlanner
 
-MAX_GRAPHS = 8
+MAX_GRAPHS = 4
 """Kept at once; the one not used for longest goes first."""
 
 

@@ -13,7 +13,7 @@ import argparse
 from simulations.routing.measure import Scenario, Work, measure
 
 SIZES = (10, 100, 1000, 10_000)
-ROUTES = {10: 200, 100: 100, 1000: 50, 10_000: 10}
+ROUTES = {10: 200, 100: 100, 1000: 20, 10_000: 3}
 
 
 def main() -> None:

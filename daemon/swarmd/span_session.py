@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from p2pswarm.blocks.kv_cache import SpanCache
-from p2pswarm.blocks.span_model import SpanModel
+from p2pswarm.blocks.span_model import PreparedStep, SpanModel
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.messages import OpenSession, Step, StepReply, WireTensor
 from swarmd import checks
@@ -36,6 +36,8 @@ class SpanSession:
         self._release = release
         self._cache: SpanCache | None = None
         """Made by the first step, on the device's thread."""
+        self._prepared: PreparedStep | None = None
+        """For the next token, if it follows the last one; made while the device has nothing else to do."""
         self._padding = Padding(request.batch_size, request.max_length)
         self._length = 0
 
@@ -51,12 +53,12 @@ class SpanSession:
             max_length=self._request.max_length,
             hidden_size=self._model.hidden_size,
         )
-        hidden_states = await self._device.run(partial(self._compute, step))
+        hidden_states = await self._device.run(partial(self._compute, step), afterwards=self._prepare)
         return StepReply(step.step_id, self._length, hidden_states)
 
     async def close(self) -> None:
         """Forgets the cache and gives its room back."""
-        self._cache = None
+        self._cache = self._prepared = None
         self._release()
 
     def _compute(self, step: Step) -> WireTensor:
@@ -81,6 +83,7 @@ class SpanSession:
     def _run(
         self, sent: torch.Tensor, cache: SpanCache, position: int, position_ids: torch.Tensor | None
     ) -> torch.Tensor:
+        prepared, self._prepared = self._prepared, None
         answer = self._model.run(
             sent,
             cache,
@@ -88,8 +91,16 @@ class SpanSession:
             attention_mask=self._padding.mask(position + sent.shape[1]),
             position_ids=position_ids,
             blocks=self._request.span,
+            prepared=prepared,
         )
         return answer.to(sent.dtype)
+
+    def _prepare(self) -> None:
+        """On the device's thread, when the answer is on its way."""
+        cache = self._cache
+        has_padding = self._padding.mask(self._length) is not None
+        if cache is not None and self._prepared is None and not has_padding and self._length < self._request.max_length:
+            self._prepared = self._model.prepare(cache, self._request.span)
 
 
 class Padding:

@@ -134,3 +134,50 @@ async def test_leaving_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -
     (left_behind,) = (thread for thread in threading.enumerate() if thread.name == "device")
     gate.set()
     left_behind.join(LONGEST_WAIT_S)
+
+
+async def test_what_is_left_for_afterwards_runs_when_nothing_waits() -> None:
+    ran: list[str] = []
+    done = threading.Event()
+    gate = threading.Event()
+
+    def finish() -> None:
+        ran.append("afterwards")
+        done.set()
+
+    async with open_device_thread() as device:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(device.run, partial(gate.wait, LONGEST_WAIT_S), finish)
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(device.run, lambda: ran.append("next"))
+            await trio.testing.wait_all_tasks_blocked()
+            gate.set()
+        assert await trio.to_thread.run_sync(done.wait, LONGEST_WAIT_S)
+    assert ran == ["next", "afterwards"]
+
+
+async def test_what_fails_afterwards_is_logged_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    failed = threading.Event()
+
+    def fail() -> None:
+        failed.set()
+        raise RuntimeError("out of memory")
+
+    async with open_device_thread() as device:
+        assert await device.run(lambda: "answered", fail) == "answered"
+        assert await trio.to_thread.run_sync(failed.wait, LONGEST_WAIT_S)
+        assert await device.run(lambda: "still there") == "still there"
+    assert "out of memory" in caplog.text
+
+
+async def test_nothing_is_done_after_a_failure() -> None:
+    ran: list[str] = []
+
+    def fail() -> None:
+        raise RuntimeError("out of memory")
+
+    async with open_device_thread() as device:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            await device.run(fail, lambda: ran.append("afterwards"))
+        await trio.sleep(0.02)
+    assert not ran

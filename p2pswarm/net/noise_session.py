@@ -5,6 +5,7 @@ and a write of any length is one send. Only two tasks use a session after the ha
 writer, so a cancelled caller can neither tear a message nor lose a nonce.
 """
 
+import os
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, cast
@@ -20,6 +21,8 @@ MAX_PLAINTEXT_BYTES = 65535 - 16
 """Of one noise message: 65,535 bytes with its tag."""
 LENGTH_BYTES = 2
 READ_BYTES = 256 * 1024
+CAN_WRITE_TO_SOCKETS = os.name == "posix"
+"""A socket is a file there. Trio has no way to send without waiting, nor to get at its socket."""
 SOCKET_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
 
@@ -64,11 +67,36 @@ class NoiseSession(SecureSession):
         super().__init__(**arguments)
         self._num_encrypted = 0
         self._num_decrypted = 0
+        self._unsent = b""
         self._ciphertext = b""
         self._plaintexts: deque[bytes] = deque()
 
     async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Encrypts the buffers as one run of bytes and sends it."""
+        """Encrypts the buffers as one run of bytes and sends it, after what `write_now` has left."""
+        data, self._unsent = self._unsent + self._encrypt(buffers), b""
+        try:
+            await self._socket.send_all(data)
+        except SOCKET_ERRORS as error:
+            raise ConnectionLost(f"the connection broke: {error}") from error
+
+    def write_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
+        """Encrypts the buffers and gives the socket what it takes without waiting; whether that was all.
+
+        Not while `write_all` is under way, nor when something was left before.
+        """
+        data = self._encrypt(buffers)
+        num_sent = 0
+        if CAN_WRITE_TO_SOCKETS:
+            try:
+                num_sent = os.write(self._socket.socket.fileno(), data)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                raise ConnectionLost(f"the connection broke: {error}") from error
+        self._unsent = data[num_sent:]
+        return not self._unsent
+
+    def _encrypt(self, buffers: Sequence[bytes | memoryview]) -> bytes:
         plaintext = memoryview(buffers[0] if len(buffers) == 1 else b"".join(buffers))
         messages: list[bytes] = []
         for start in range(0, len(plaintext), MAX_PLAINTEXT_BYTES):
@@ -77,10 +105,7 @@ class NoiseSession(SecureSession):
             )
             self._num_encrypted += 1
             messages += (len(message).to_bytes(LENGTH_BYTES, "big"), message)
-        try:
-            await self._socket.send_all(b"".join(messages))
-        except SOCKET_ERRORS as error:
-            raise ConnectionLost(f"the connection broke: {error}") from error
+        return b"".join(messages)
 
     async def read_some(self) -> bytes:
         """A message that has arrived, at least one byte; `b""` at the end."""

@@ -10,10 +10,11 @@ from p2pswarm.core.errors import ConnectionLost
 
 
 class PipeTransport:
-    """One end of a pipe in memory, as `net.mux_connection.SecureTransport`."""
+    """One end of a pipe in memory, as `net.mux_connection.SecureTransport`; nothing goes out without waiting."""
 
     def __init__(self, stream: trio.StapledStream) -> None:
         self.stream = stream
+        self._left = b""
 
     async def read_some(self) -> bytes:
         try:
@@ -22,10 +23,15 @@ class PipeTransport:
             raise ConnectionLost("the pipe broke") from error
 
     async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None:
+        data, self._left = self._left + b"".join(buffers), b""
         try:
-            await self.stream.send_all(b"".join(buffers))
+            await self.stream.send_all(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError) as error:
             raise ConnectionLost("the pipe broke") from error
+
+    def write_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
+        self._left = b"".join(buffers)
+        return False
 
     async def close(self) -> None:
         await self.stream.aclose()

@@ -184,6 +184,9 @@ class Unread:
     async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None:
         await trio.sleep_forever()
 
+    def write_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
+        return False
+
     async def close(self) -> None:
         pass
 
@@ -238,6 +241,9 @@ async def feed(data: bytes, config: NetworkConfig = LIMITS) -> MuxConnection:
 
         async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None:
             await trio.lowlevel.checkpoint()
+
+        def write_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
+            return True
 
         async def close(self) -> None:
             await near.aclose()

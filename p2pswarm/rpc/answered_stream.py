@@ -83,8 +83,9 @@ class AnsweredStream:
     async def attempt(self, call: Callable[[], Awaitable[Answer]]) -> Answer | ErrorReply:
         """What the call gives in time, or what to tell the peer instead."""
         try:
-            with trio.fail_after(self._limits.call_timeout_s):
+            with trio.move_on_after(self._limits.call_timeout_s):
                 return await call()
+            raise trio.TooSlowError
         except Exception as error:  # isolation border: one request's failure is answered, logged, and over
             reply = reply_to(error)
             if reply.code is ErrorCode.INTERNAL:

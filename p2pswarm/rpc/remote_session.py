@@ -8,7 +8,7 @@ import trio
 from p2pswarm.core.errors import BadAnswer, ConnectionLost, ProtocolViolation, SessionClosed
 from p2pswarm.core.ids import PeerId
 from p2pswarm.rpc.error_replies import SURVIVABLE_CODES, error_from
-from p2pswarm.rpc.exchange import deadline, receive_answer, send_or_hear_why_not, too_late
+from p2pswarm.rpc.exchange import receive_answer, send_or_hear_why_not, too_late
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS
 from p2pswarm.wire.framed_stream import FramedStream
 from p2pswarm.wire.messages import (
@@ -68,8 +68,10 @@ class RemoteSession:
         self._unanswered.add(step.step_id)
         self._is_in_use = True
         try:
-            with deadline(timeout_s, self.peer_id, "take a step"):
+            with trio.move_on_after(timeout_s) as scope:
                 farewell = await send_or_hear_why_not(self._framed, step)
+            if scope.cancelled_caught:
+                raise too_late(timeout_s, self.peer_id, "take a step")
         except BaseException:
             self.close()
             raise

@@ -76,6 +76,9 @@ class FramedStream:
         A peer that does not take it within `timeout_s`, and the time that a slow path needs, is `DeadlineExceeded`.
         """
         buffers = encode_message(message)
+        if timeout_s == math.inf:
+            await self._stream.write(*buffers)
+            return
         path_s = sum(map(num_bytes, buffers)) / SLOWEST_BYTES_PER_S
         with trio.move_on_after(timeout_s + path_s) as scope:
             await self._stream.write(*buffers)
@@ -91,27 +94,39 @@ class FramedStream:
         The message before it counts as dealt with. Raises `ConnectionLost`; `MalformedMessage`, after which the
         stream can go on; any other `ProtocolViolation`, after which it cannot.
         """
-        frame = None
-        with trio.move_on_after(timeout_s) as scope:
-            frame = await self._receive_frame(scope)
-        if scope.cancelled_caught:
-            raise DeadlineExceeded(f"no message came from {self.peer_id} for {timeout_s:g} s", self.peer_id)
+        frame = await self._receive_frame(timeout_s)
         if frame is None:
             return None
         self._charge(frame.body.nbytes)
         self._version = min(PROTOCOL_VERSION, sender_version(frame, self.peer_id))
         return decode_message(frame, self._limits, self.peer_id)
 
-    async def _receive_frame(self, scope: trio.CancelScope) -> Frame | None:
-        while (frame := self._decoder.next_frame()) is None:
+    async def _receive_frame(self, timeout_s: float) -> Frame | None:
+        if self._decoder.in_frame:
+            await trio.lowlevel.checkpoint()  # so that who sends many messages at once does not keep all others waiting
+            frame = self._decoder.next_frame()
+            if frame is not None:
+                return frame
+        if timeout_s == math.inf:
+            return await self._read_frame(None)
+        with trio.move_on_after(timeout_s) as scope:
+            return await self._read_frame(scope)
+        raise DeadlineExceeded(f"no message came from {self.peer_id} for {timeout_s:g} s", self.peer_id)
+
+    async def _read_frame(self, scope: trio.CancelScope | None) -> Frame | None:
+        """The frame once it has come whole; what has come of it so far moves the deadline of `scope`."""
+        while True:
             self._charge(self._decoder.held_bytes)
             data = await self._stream.read(READ_BYTES)
             if not data:
                 self._check_end()
                 return None
-            scope.deadline += len(data) / SLOWEST_BYTES_PER_S
             self._decoder.feed(data)
-        return frame
+            frame = self._decoder.next_frame()
+            if frame is not None:
+                return frame
+            if scope is not None:
+                scope.deadline += len(data) / SLOWEST_BYTES_PER_S
 
     async def close_write(self) -> None:
         await self._stream.close_write()

@@ -75,7 +75,7 @@ def encoded_num_bytes(dtype: str, shape: tuple[int, ...], codec: Codec) -> int:
     """How many bytes such a tensor takes on the wire."""
     if dtype not in ITEM_BYTES:
         raise ConfigError(f"tensors are {', '.join(ITEM_BYTES)}, not {dtype[:32]}")
-    if any(size < 0 for size in shape):
+    if min(shape, default=0) < 0:
         raise ConfigError(f"a shape has no negative sizes, got {list(shape)}")
     num_elements = math.prod(shape)
     if codec is Codec.NONE:

@@ -48,6 +48,7 @@ MAX_PEERS_TOLD = 64
 MAX_SIZE = (1 << 31) - 1
 """Of one dimension of a tensor."""
 
+_ENTRY_TYPES = [str, str, list, str, int]
 _CODECS = {codec.value: codec for codec in Codec}
 _ERROR_CODES = {code.value: code for code in ErrorCode}
 
@@ -134,8 +135,9 @@ def _read_tensors(fields: Fields, body: memoryview, kind: "_Kind", limits: WireL
 
 def _checked_entry(fields: Fields, entry: object, limits: WireLimits) -> tuple[str, str, tuple[int, ...], str, int]:
     """One entry of `tensors`, within the limits: checked before anything is allocated for it."""
-    match entry:
-        case [str(name), str(dtype), list(sizes), str(codec), int(size_bytes)] if (
+    if isinstance(entry, list) and list(map(type, entry)) == _ENTRY_TYPES:  # a sequence pattern takes 5 times as long
+        name, dtype, sizes, codec, size_bytes = entry
+        if (
             len(sizes) <= limits.max_dimensions
             and all(type(size) is int and 0 <= size <= MAX_SIZE for size in sizes)
             and math.prod(sizes) * ITEM_BYTES.get(dtype, 1) <= limits.max_tensor_bytes

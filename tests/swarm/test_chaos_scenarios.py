@@ -232,6 +232,21 @@ async def test_a_server_that_hangs_costs_its_step_deadline_and_a_ping(span: Span
         await world.user.use(5)
 
 
+async def test_stand_ins_that_hang_as_well_cost_four_seconds_each_until_a_newcomer_is_found(
+    autojump_clock: MockClock,
+) -> None:
+    async with open_world(num_replicas=3) as world:
+        hung = [world.serving(MIDDLE), *world.others(MIDDLE)]
+        for server in hung:
+            world.swarm.memory.hang(server.peer_id)
+        newcomer = await world.swarm.start(MIDDLE)
+        assert await took_s(world.user.say()) < HANG_S + 2 * 4.0 + 0.5
+        assert world.serving(MIDDLE) is newcomer
+        assert world.banned() == dict.fromkeys([server.peer_id for server in hung], BanReason.UNREACHABLE)
+        for server in hung:
+            world.swarm.memory.resume(server.peer_id)
+
+
 @pytest.mark.parametrize("span", SPANS)
 async def test_a_server_that_is_cut_off_is_replaced(span: Span, autojump_clock: MockClock) -> None:
     async with open_world() as world:

@@ -121,6 +121,17 @@ class Passage:
         return None if link.filled_step_id == self.step_id else self.beam_indices
 
 
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A link's part in one run of a step."""
+
+    link: Link
+    pusher: Link | None = None
+    """Who hands the step on to it."""
+    next_link: Link | None = None
+    """Whom it hands the step on to."""
+
+
 class Chain:
     """Links in the order of their blocks. Steps must not overlap."""
 
@@ -156,42 +167,46 @@ class Chain:
         Raises `HopFailed` when a link fails; it is dropped then.
         """
         passage.states[self.span.start] = passage.step.hidden_states
-        pending = [link for link in self.links if link.answered_step_id != passage.step_id]
-        pushed = self._pushed_to(pending, passage)
-        for index, link in enumerate(pending):
-            next_link = pending[index + 1] if index + 1 < len(pending) and pushed[index + 1] else None
-            if pushed[index]:
-                with self._failing(link):
-                    await link.announce(passage.pushed_step(link, next_link))
-            elif index == 0:
-                with self._failing(link):
-                    await link.send(passage.whole_step(link, next_link))
-        for index, link in enumerate(pending):
-            with self._failing(link):
-                await self._pass_through(link, passage, pending[index - 1] if pushed[index] else None, history)
+        turns = self._turns(passage)
+        for turn in turns:
+            with self._failing(turn.link):
+                if turn.pusher is not None:
+                    await turn.link.announce(passage.pushed_step(turn.link, turn.next_link))
+                elif turn is turns[0]:
+                    await turn.link.send(passage.whole_step(turn.link, turn.next_link))
+        for turn in turns:
+            with self._failing(turn.link):
+                await self._pass_through(turn, passage, history)
         return passage.states[self.span.end].to(passage.step.hidden_states.dtype)
 
     async def run_link(self, link: Link, passage: Passage) -> torch.Tensor:
         """The hidden states after the blocks of one link, which the passage begins at. Raises as `run` does."""
         passage.states[link.hop.span.start] = passage.step.hidden_states
         with self._failing(link):
-            await self._pass_through(link, passage, None)
+            await self._pass_through(Turn(link), passage)
         return passage.states[link.hop.span.end]
 
-    def _pushed_to(self, pending: Sequence[Link], passage: Passage) -> list[bool]:
-        """Which links get the step from the one before."""
-        if not self._config.use_push or passage.step.hidden_states.nbytes > MAX_PUSHED_BYTES:
-            return [False] * len(pending)
-        return [False] + [
-            before.hop.peer_id != link.hop.peer_id
+    def _turns(self, passage: Passage) -> list[Turn]:
+        """What each link that has not answered yet is to do."""
+        pending = [link for link in self.links if link.answered_step_id != passage.step_id]
+        pairs = [pair if self._hands_on(*pair, passage) else (None, None) for pair in itertools.pairwise(pending)]
+        pushers = [None, *(pusher for pusher, _ in pairs)]
+        next_links = [*(next_link for _, next_link in pairs), None]
+        return [Turn(*parts) for parts in zip(pending, pushers, next_links, strict=False)]
+
+    def _hands_on(self, before: Link, link: Link, passage: Passage) -> bool:
+        """Whether the one server can hand the step on to the other, and neither has been told anything else."""
+        return (
+            self._config.use_push
+            and passage.step.hidden_states.nbytes <= MAX_PUSHED_BYTES
+            and before.hop.peer_id != link.hop.peer_id
             and before.dtype == link.dtype
             and before.can_push
             and link.can_push
             and before.sent_step_id != passage.step_id
             and link.announced_step_id != passage.step_id
             and self._pool.can_push(before.hop.peer_id, link.hop.peer_id)
-            for before, link in itertools.pairwise(pending)
-        ]
+        )
 
     @contextmanager
     def _failing(self, link: Link) -> Iterator[None]:
@@ -206,23 +221,23 @@ class Chain:
         following = self.links[self.links.index(liar) + 1 :]
         return [link for link in following if link.owes_an_answer]
 
-    async def _pass_through(
-        self, link: Link, passage: Passage, pusher: Link | None, history: InputHistory | None = None
-    ) -> None:
+    async def _pass_through(self, turn: Turn, passage: Passage, history: InputHistory | None = None) -> None:
         """Takes the step through one link, whose input has been reached, and keeps the input in the history."""
-        step, start = passage.step, link.hop.span.start
+        link, step = turn.link, passage.step
         asked_at_s = trio.current_time()
-        if pusher is None:
-            await link.send(passage.whole_step(link, None))
+        if turn.pusher is None:
+            await link.send(passage.whole_step(link, turn.next_link))
         if history is not None:  # while the server computes
+            start = link.hop.span.start
             history.put(start, step.position, passage.states[start])
-        reply = await self._reply(link, passage, pusher)
+        reply = await self._reply(turn, passage)
         self._pool.step_times(link.hop).note(step.num_tokens_in_total, trio.current_time() - asked_at_s)
         passage.take(link, reply)
 
-    async def _reply(self, link: Link, passage: Passage, pusher: Link | None) -> StepReply:
+    async def _reply(self, turn: Turn, passage: Passage) -> StepReply:
         """The link's answer. A server that is late is asked whether it is alive; one that is only busy gets longer."""
-        hop, num_tokens, asked_at_s = link.hop, passage.step.num_tokens_in_total, trio.current_time()
+        link, pusher, asked_at_s = turn.link, turn.pusher, trio.current_time()
+        hop, num_tokens = link.hop, passage.step.num_tokens_in_total
         times = self._pool.step_times(hop)
         declared_s = link.declared_s(passage.step, self._pool.round_trip_s(hop.peer_id))
         reply = None
@@ -230,7 +245,7 @@ class Chain:
             patience_s = max(MIN_PUSH_PATIENCE_S, PUSH_PATIENCE * times.expected_s(num_tokens, declared_s))
             reply = await link.reply_within(patience_s)
             if reply is None:
-                await link.send(passage.whole_step(link, None))
+                await link.send(passage.whole_step(link, turn.next_link))
         if reply is None:
             late_after_s = times.late_after_s(num_tokens, declared_s, self._config.min_step_timeout_s)
             reply = await link.reply_within(min(late_after_s, self._config.timeout_s(num_tokens)))

@@ -200,7 +200,7 @@ async def test_a_liar_is_banned_after_its_first_answer(fault: Fault, span: Span,
     async with open_world() as world:
         liar = world.serving(span)
         liar.service.fault = fault
-        assert await took_s(world.user.say()) < 1.0
+        assert await took_s(world.user.say()) < 2.0  # what it handed on is not trusted either
         assert world.banned() == {liar.peer_id: BanReason.MISBEHAVED}
         await world.user.use(3)
         assert liar.service.num_faults_shown == 1
@@ -214,7 +214,7 @@ async def test_a_server_that_talks_garbage_is_banned_after_its_first_answer(
     async with open_world() as world:
         liar = world.serving(span)
         liar.garbler.is_on = True
-        assert await took_s(world.user.say()) < 1.0
+        assert await took_s(world.user.say()) < 2.0
         assert world.banned() == {liar.peer_id: BanReason.MISBEHAVED}
         await world.user.use(3)
         assert liar.peer_id not in world.route

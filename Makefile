@@ -46,6 +46,7 @@ sim: setup
 	$(BIN)/python -m simulations.transport.run
 	$(BIN)/python -m simulations.dht.run
 	$(BIN)/python -m simulations.routing.run
+	$(BIN)/python -m simulations.churn.run --quick
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation

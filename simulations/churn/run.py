@@ -25,7 +25,7 @@ CHART_PATH = Path("docs/churn.svg")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="128 tokens, one seed; writes nothing")
-    parser.add_argument("--seeds", type=int, default=3, help="how many")
+    parser.add_argument("--seeds", type=int, default=5, help="how many")
     flags = parser.parse_args()
     torch.set_num_threads(1)
     logging.getLogger("p2pswarm").setLevel(logging.ERROR)  # servers that fail and are missed are what this is about

@@ -22,7 +22,7 @@ from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.net.network import Network, Stream, StreamHandler
-from p2pswarm.routing.shortest_path import ShortestPathPlanner
+from p2pswarm.routing.dstar_planner import DStarLitePlanner
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
 from p2pswarm.rpc.service import RpcService
@@ -179,7 +179,7 @@ class ChaosSwarm:
         """Those whose process runs."""
         self.ended: list[Server] = []
         self.rpc = RpcClient(network)
-        self.planner = ShortestPathPlanner(config.costs)
+        self.planner = DStarLitePlanner(config.costs)
         self.client = ModelServers(model.facts, self.view, self.planner, network, self.rpc, config)
         self._config = config
         self._tasks = tasks

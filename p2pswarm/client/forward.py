@@ -13,7 +13,7 @@ from p2pswarm.client.recovery import Recovery
 from p2pswarm.client.step_input import StepInput
 from p2pswarm.core.errors import BadAnswer, ConfigError, MissingBlocksError, NetworkError, RemoteError, RequestRefused
 from p2pswarm.core.span import Span
-from p2pswarm.routing.planner import RouteRequest
+from p2pswarm.routing.planner import RouteMode, RouteRequest
 from p2pswarm.routing.route import Hop
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.wire.codecs import encode_tensor
@@ -21,7 +21,7 @@ from p2pswarm.wire.messages import Forward
 
 
 class ForwardPass:
-    """Runs whole batches through all blocks, over the best route each time."""
+    """Runs whole batches through all blocks, over servers drawn by their capacity, so that calls spread."""
 
     def __init__(self, servers: ModelServers, rpc: RpcClient, config: ClientConfig) -> None:
         self._servers = servers
@@ -35,7 +35,9 @@ class ForwardPass:
         recovery = Recovery(self._config)
         hidden_states, done, end = batch.hidden_states, 0, self._servers.facts.num_blocks
         while done < end:
-            request = RouteRequest(Span(done, end), avoided=frozenset(recovery.avoided), pushes=False)
+            request = RouteRequest(
+                Span(done, end), avoided=frozenset(recovery.avoided), mode=RouteMode.MAX_THROUGHPUT, pushes=False
+            )
             try:
                 route = await self._servers.route(request)
                 dtypes = {hop: dtype_of(self._servers.known[hop.peer_id]) for hop in route.hops}

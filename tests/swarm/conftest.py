@@ -1,5 +1,5 @@
-"""The fixtures `tiny_llama` and `local`."""
+"""The fixtures `tiny_llama`, `local` and `open_world`."""
 
-from tiny_swarm_fixtures import local, tiny_llama
+from tiny_swarm_fixtures import local, open_world, tiny_llama
 
-__all__ = ["local", "tiny_llama"]
+__all__ = ["local", "open_world", "tiny_llama"]

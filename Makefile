@@ -47,6 +47,7 @@ sim: setup
 	$(BIN)/python -m simulations.dht.run
 	$(BIN)/python -m simulations.routing.run
 	$(BIN)/python -m simulations.churn.run --quick
+	$(BIN)/python -m simulations.failover.run --generations 3
 
 wheel: setup
 	$(BIN)/python -m build --wheel --no-isolation

@@ -9,7 +9,7 @@ from enum import Enum
 
 import trio
 
-from p2pswarm.core.errors import ServerBusy
+from p2pswarm.core.errors import BadRequest, ServerBusy
 from p2pswarm.core.ids import PeerId
 from p2pswarm.rpc.service import RpcService, SessionService
 from p2pswarm.wire.frames import num_bytes
@@ -31,6 +31,7 @@ class Fault(Enum):
     HANGS = "does not answer until it is mended"
     FAILS = "reports a failure of its own"
     IS_BUSY = "says that it has no room"
+    REFUSES = "says that the request is wrong"
     NOT_FINITE = "answers NaN"
     WRONG_SHAPE = "answers one token too many"
     WRONG_POSITION = "answers as if its cache held another number of tokens"
@@ -75,6 +76,8 @@ class FaultyService:
             raise RuntimeError("this server was made to fail")
         if self._shows(Fault.IS_BUSY):
             raise ServerBusy("this server was made to have no room")
+        if self._shows(Fault.REFUSES):
+            raise BadRequest("this server was made to refuse everything")
         if self._shows(Fault.HANGS):
             while self._fault is Fault.HANGS:
                 await self._mended.wait()

@@ -18,6 +18,8 @@ SHORTEST_TROUBLE_S, LONGEST_TROUBLE_S = 1.0, 60.0
 ON_ROUTE = 0.7
 """The share of troubles that hit a server in use, as far as there is one that may be hit."""
 MAX_SERVERS = 14
+FAULTS = [fault for fault in Fault if fault is not Fault.REFUSES]
+"""When two servers say that a step is wrong, it is, as far as a client can know."""
 
 
 @dataclass
@@ -104,7 +106,7 @@ class ChaosDriver:
         server.garbler.is_on = False
 
     async def be_faulty(self, server: Server, time_s: float) -> None:
-        server.service.fault = self.randomness.choice(list(Fault))
+        server.service.fault = self.randomness.choice(FAULTS)
         self.note(f"{server}: {server.service.fault.value}")
         await trio.sleep(time_s)
         server.service.fault = None

@@ -274,6 +274,16 @@ async def test_a_mistake_of_the_clients_own_bans_nobody(autojump_clock: MockCloc
         await world.user.use(5)
 
 
+@pytest.mark.parametrize("span", SPANS)
+async def test_a_server_that_alone_refuses_a_step_is_gone_round_without_a_ban(
+    span: Span, autojump_clock: MockClock
+) -> None:
+    async with open_world() as world:
+        world.serving(span).service.fault = Fault.REFUSES
+        await world.user.use(5)
+        assert world.banned() == {}
+
+
 async def test_an_overloaded_server_is_gone_round_without_a_ban(autojump_clock: MockClock) -> None:
     async with open_world(prompt=0) as world:
         busy = [server for server in world.swarm.servers.values() if server.span == MIDDLE]

@@ -9,7 +9,7 @@ import torch
 import trio
 from trio.testing import MockClock
 
-from p2pswarm.core.errors import BadAnswer, DeadlineExceeded, ServerBusy, ServerFailed, SwarmingError
+from p2pswarm.core.errors import BadAnswer, DeadlineExceeded, RequestRefused, ServerBusy, ServerFailed, SwarmingError
 from p2pswarm.core.ids import PeerId, SessionId
 from p2pswarm.core.span import Span
 from p2pswarm.rpc.client import RpcClient
@@ -71,6 +71,7 @@ async def test_it_answers_as_the_service_does_until_it_fails_and_after_it_is_men
     [
         (Fault.HANGS, DeadlineExceeded, "did not answer a step within 5 s"),
         (Fault.FAILS, ServerFailed, "the server failed"),
+        (Fault.REFUSES, RequestRefused, "made to refuse"),
         (Fault.WRONG_SHAPE, BadAnswer, r"shape \[1, 4, 1\]"),
         (Fault.WRONG_POSITION, BadAnswer, "position 4 to 3 tokens from 0 on"),
         (Fault.OTHER_STEP, BadAnswer, "step 1, not 0"),

@@ -73,7 +73,7 @@ async def open_world(setting: Setting, failure_rate: float, seed: int, config: C
             await nursery.start(RpcServer(network, services[-1]).run)
         rpc = RpcClient(client_network)
         facts = ModelFacts(MODEL_ID, NUM_BLOCKS, HIDDEN_SIZE)
-        planner = DStarLitePlanner(config.costs, bans=BanList(config.ban_s))
+        planner = DStarLitePlanner(config.costs, bans=BanList(config.ban_s), random=Random(seed))
         servers = ModelServers(facts, _announced(services, link), planner, client_network, rpc, config)
         await servers.measure_round_trips()
         yield World(services, servers, rpc, config, nursery)

@@ -1,6 +1,6 @@
 """What do failing servers cost a text, with caches and restarts, without caches, and with Algorithm 1?
 
-    python -m simulations.churn.run           # all cells; writes docs/churn.md and docs/churn.svg; minutes
+    python -m simulations.churn.run           # all cells; writes docs/churn.md and docs/churn.svg; 7 minutes
     python -m simulations.churn.run --quick   # 128 tokens, one seed; prints, writes nothing
 
 The table of the Petals paper (arXiv 2312.08361) once more, with this project's own client: `p2pswarm.client`, its

@@ -76,14 +76,17 @@ class Recovery:
             raise self._with_history(missing) from error
 
     def wait_s(self, error: MissingBlocksError, now_s: float) -> float:
-        """How long to wait for missing blocks. Raises `error`, with what was tried, when it has been too long."""
+        """How long to wait for missing blocks: not at all at first, since servers that failed may be back already.
+
+        Raises `error`, with what was tried, when it has been too long.
+        """
         self._start(now_s)
         if self._is_time_up(now_s):
             raise self._with_history(error) from self.last_failure
         self.avoided.clear()
         if isinstance(self.last_failure, RequestRefused):
             raise self.last_failure
-        wait_s = min(FIRST_WAIT_S * 2.0**self.num_waits, LONGEST_WAIT_S)
+        wait_s = min(FIRST_WAIT_S * 2.0 ** (self.num_waits - 1), LONGEST_WAIT_S) if self.num_waits else 0.0
         self.num_waits += 1
         assert self._deadline_s is not None
         return min(wait_s, self._deadline_s - now_s)

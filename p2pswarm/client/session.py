@@ -214,7 +214,7 @@ class Session:
         if running.route is None and not self._servers.may_return(error.missing, self.max_length):
             raise recovery.explained(error)
         wait_s = recovery.wait_s(error, trio.current_time())
-        if recovery.num_waits == 1:
+        if recovery.num_waits == 2:
             logger.warning("waiting up to %g s for servers: %s", self._config.recovery_timeout_s, error)
         await trio.sleep(wait_s)
         await self._servers.forgive_living(error.missing)

@@ -22,7 +22,7 @@ from p2pswarm.routing.bans import BanReason
 from p2pswarm.routing.route import short_peers
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 4.0
-FIRST_OPEN_TIMEOUT_S = 4.0
+FIRST_OPEN_TIMEOUT_S, MORE_OPEN_TIMEOUT_S = 4.0, 1.0
 """A dial and three round trips at 400 ms each take it all; a server that hangs takes it too."""
 
 HopFailure = RemoteError | NetworkError | RequestRefused
@@ -55,7 +55,7 @@ class Recovery:
     @property
     def open_timeout_s(self) -> float:
         """For one server to open a session: short while others can be asked, longer each time that none is left."""
-        return min(self._config.open_timeout_s, FIRST_OPEN_TIMEOUT_S * 2.0**self.num_waits)
+        return min(self._config.open_timeout_s, FIRST_OPEN_TIMEOUT_S + MORE_OPEN_TIMEOUT_S * self.num_waits)
 
     def after_failure(self, error: HopFailure, blocks: Span, now_s: float) -> None:
         """Notes that the server of `blocks` failed. Raises `error` when it was one too many for `max_retries`,

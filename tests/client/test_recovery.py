@@ -105,6 +105,16 @@ def test_time_spent_on_a_replay_that_worked_does_not_count() -> None:
         recovery.wait_s(MISSING, 360.0)
 
 
+def test_stand_ins_get_more_time_to_open_each_time_that_none_is_left() -> None:
+    recovery = Recovery(ClientConfig(known_peers_path=None, open_timeout_s=5.5))
+    recovery.after_failure(ConnectionLost("gone", PEER), BLOCKS, 0.0)
+    timeouts_s = [recovery.open_timeout_s]
+    for now_s in range(3):
+        recovery.wait_s(MISSING, float(now_s))
+        timeouts_s.append(recovery.open_timeout_s)
+    assert timeouts_s == [4.0, 5.0, 5.5, 5.5]
+
+
 def test_impossible_times_and_counts_are_refused() -> None:
     with pytest.raises(ConfigError, match="max_retries is 0 or more, or None, got -1"):
         ClientConfig(max_retries=-1)

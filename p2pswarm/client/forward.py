@@ -51,7 +51,7 @@ class ForwardPass:
                 if recovery.last_failure is None and not self._servers.may_return(error.missing, 0):
                     raise
                 await trio.sleep(recovery.wait_s(error, trio.current_time()))
-                await self._servers.forgive_living(error.missing)
+                await self._servers.forgive(error.missing, recovery)
         return hidden_states.to(batch.hidden_states.dtype)
 
     async def _through(self, hop: Hop, hidden_states: torch.Tensor, batch: StepInput) -> torch.Tensor:

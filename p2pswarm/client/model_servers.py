@@ -14,7 +14,7 @@ import torch
 import trio
 
 from p2pswarm.client.config import ClientConfig
-from p2pswarm.client.recovery import HopFailure, ban_reason
+from p2pswarm.client.recovery import HopFailure, Recovery, ban_reason
 from p2pswarm.client.step_times import StepTimes
 from p2pswarm.core.errors import MissingBlocksError, NetworkError, RemoteError, RequestRefused, SwarmingError
 from p2pswarm.core.ids import ModelId, PeerId
@@ -167,17 +167,21 @@ class ModelServers:
         ]
         return not any(uncovered(spans, Span(start, end)) for start, end in missing)
 
-    async def forgive_living(self, missing: Sequence[tuple[int, int]]) -> None:
-        """Ends the bans of servers of the missing blocks that could not be reached before and answer now."""
+    async def forgive(self, missing: Sequence[tuple[int, int]], recovery: Recovery) -> None:
+        """Ends bans of servers of the missing blocks: of those that could not be reached and answer now, and as a last
+        resort of those that misbehaved."""
         async with trio.open_nursery() as nursery:
             for peer_id, ban in self.banned.items():
-                server = self._view.servers.get(peer_id)
-                if (
-                    server is not None
-                    and ban.reason is BanReason.UNREACHABLE
-                    and any(server.span.start < end and start < server.span.end for start, end in missing)
-                ):
+                if not self._has_any_of(missing, peer_id):
+                    continue
+                if ban.reason is BanReason.UNREACHABLE:
                     nursery.start_soon(self._forgive_if_alive, peer_id)
+                elif recovery.gives_another_chance(peer_id):
+                    self._planner.forgive(peer_id)
+
+    def _has_any_of(self, blocks: Sequence[tuple[int, int]], peer_id: PeerId) -> bool:
+        server = self._view.servers.get(peer_id)
+        return server is not None and any(server.span.start < end and start < server.span.end for start, end in blocks)
 
     async def _forgive_if_alive(self, peer_id: PeerId) -> None:
         self._network.add_addresses(peer_id, self._view.servers[peer_id].addresses)

@@ -22,6 +22,8 @@ from p2pswarm.routing.bans import BanReason
 from p2pswarm.routing.route import short_peers
 
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.25, 4.0
+LAST_RESORT_WAITS = 4
+"""After so many, some 4 s: other servers had their time to come back."""
 FIRST_OPEN_TIMEOUT_S, MORE_OPEN_TIMEOUT_S = 4.0, 1.0
 """A dial and three round trips at 400 ms each take it all; a server that hangs takes it too."""
 
@@ -51,6 +53,7 @@ class Recovery:
         self._deadline_s: float | None = None
         self.num_waits = 0
         self._failed: set[PeerId] = set()
+        self._had_another_chance: set[PeerId] = set()
 
     @property
     def open_timeout_s(self) -> float:
@@ -95,6 +98,14 @@ class Recovery:
         """Puts the deadline off by time that was spent well, on a replay that worked."""
         if self._deadline_s is not None:
             self._deadline_s += elapsed_s
+
+    def gives_another_chance(self, peer_id: PeerId) -> bool:
+        """Whether to take back a server that misbehaved: once, as a last resort. It may be well by now, and what it
+        answers is checked anyway."""
+        if self.num_waits < LAST_RESORT_WAITS or peer_id in self._had_another_chance:
+            return False
+        self._had_another_chance.add(peer_id)
+        return True
 
     def explained(self, error: MissingBlocksError) -> SwarmingError:
         """The error with the failures that led to it."""

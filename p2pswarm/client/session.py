@@ -217,7 +217,7 @@ class Session:
         if recovery.num_waits == 2:
             logger.warning("waiting up to %g s for servers: %s", self._config.recovery_timeout_s, error)
         await trio.sleep(wait_s)
-        await self._servers.forgive_living(error.missing)
+        await self._servers.forgive(error.missing, recovery)
 
 
 class _Running:

@@ -220,6 +220,31 @@ async def test_a_server_that_talks_garbage_is_banned_after_its_first_answer(
         assert liar.peer_id not in world.route
 
 
+async def test_a_server_that_misbehaved_is_taken_back_when_there_is_no_other(autojump_clock: MockClock) -> None:
+    async with open_world(num_replicas=1) as world, trio.open_nursery() as nursery:
+        only = world.serving(MIDDLE)
+        only.service.fault = Fault.NOT_FINITE
+
+        async def mend() -> None:
+            await trio.sleep(2.0)
+            only.service.fault = None
+
+        nursery.start_soon(mend)
+        assert await took_s(world.user.say()) < 8.0  # of a ban of 15 s
+        assert only.service.num_faults_shown == 1
+
+
+async def test_a_liar_without_a_replacement_is_asked_a_few_times_and_no_more(autojump_clock: MockClock) -> None:
+    async with open_world(num_replicas=1) as world:
+        only = world.serving(MIDDLE)
+        only.service.fault = Fault.NOT_FINITE
+        with pytest.raises(MissingBlocksError, match=r"blocks 3:6 .* not finite"):
+            await world.user.say()
+        assert only.service.num_faults_shown <= 4
+        only.service.fault = None
+        await world.user.use(5)
+
+
 @pytest.mark.parametrize("span", SPANS)
 async def test_a_server_that_hangs_costs_its_step_deadline_and_a_ping(span: Span, autojump_clock: MockClock) -> None:
     async with open_world() as world:

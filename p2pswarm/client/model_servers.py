@@ -31,6 +31,8 @@ MAX_MISSED_PUSHES = 3
 """In a row; the first of a pair of servers often comes late, since they have to find each other."""
 RELAY_AFTER_MISSED_PUSHES_S = 300.0
 """How long the client relays between two servers that could not hand on, before they may try again."""
+ANSWER_TOGETHER_S = 0.3
+"""Servers that are asked at one time and are alive answer within about so much of each other."""
 MAX_STEP_TIMES = 1024
 """Hops whose times are remembered, before those of servers that have left are forgotten."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -169,13 +171,13 @@ class ModelServers:
 
     async def forgive(self, missing: Sequence[tuple[int, int]], recovery: Recovery) -> None:
         """Ends bans of servers of the missing blocks: of those that could not be reached and answer now, and as a last
-        resort of those that misbehaved."""
+        resort of those that misbehaved. Once one has answered, those that hang are not waited for."""
         async with trio.open_nursery() as nursery:
             for peer_id, ban in self.banned.items():
                 if not self._has_any_of(missing, peer_id):
                     continue
                 if ban.reason is BanReason.UNREACHABLE:
-                    nursery.start_soon(self._forgive_if_alive, peer_id)
+                    nursery.start_soon(self._forgive_if_alive, peer_id, nursery.cancel_scope)
                 elif recovery.gives_another_chance(peer_id):
                     self._planner.forgive(peer_id)
 
@@ -183,10 +185,11 @@ class ModelServers:
         server = self._view.servers.get(peer_id)
         return server is not None and any(server.span.start < end and start < server.span.end for start, end in blocks)
 
-    async def _forgive_if_alive(self, peer_id: PeerId) -> None:
+    async def _forgive_if_alive(self, peer_id: PeerId, others: trio.CancelScope) -> None:
         self._network.add_addresses(peer_id, self._view.servers[peer_id].addresses)
         if await self.is_alive(peer_id):
             self._planner.forgive(peer_id)
+            others.deadline = min(others.deadline, trio.current_time() + ANSWER_TOGETHER_S)
 
     async def is_alive(self, peer_id: PeerId) -> bool:
         """Whether the server answers anything at all."""

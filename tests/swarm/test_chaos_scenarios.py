@@ -220,6 +220,17 @@ async def test_a_server_that_talks_garbage_is_banned_after_its_first_answer(
         assert liar.peer_id not in world.route
 
 
+async def test_a_stand_in_that_was_lost_before_and_is_back_is_found_at_once(autojump_clock: MockClock) -> None:
+    async with open_world() as world:
+        lost = world.serving(MIDDLE)
+        world.swarm.kill(lost)
+        await world.user.say()
+        await world.swarm.start(MIDDLE, lost.number)
+        world.swarm.memory.hang(world.serving(MIDDLE).peer_id)
+        assert await took_s(world.user.say()) < HANG_S + 0.5  # the hung one is banned too, but not waited for
+        world.swarm.memory.resume(next(iter(world.banned())))
+
+
 async def test_a_server_that_misbehaved_is_taken_back_when_there_is_no_other(autojump_clock: MockClock) -> None:
     async with open_world(num_replicas=1) as world, trio.open_nursery() as nursery:
         only = world.serving(MIDDLE)

@@ -9,11 +9,11 @@ import torch
 from p2pswarm.blocks.kv_cache import SpanCache
 from p2pswarm.blocks.span_model import SpanModel
 
-MEASURED_DECODE_S = 0.1
-MAX_DECODE_STEPS = 8
+MEASURED_DECODE_S = 0.07
+MAX_DECODE_STEPS = 5
 """Or fewer, when they take longer than that together: a server has to be ready within seconds."""
 MEASURED_FORWARD_S = 0.15
-MAX_FORWARD_TOKENS = 128
+MAX_FORWARD_TOKENS = 64
 FORWARD_ADVANTAGE = 8
 """A token of a long prompt costs at most this share of a decode step, whose time goes into reading the weights."""
 NETWORK_BITS_PER_S = 100e6

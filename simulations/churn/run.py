@@ -27,8 +27,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="128 tokens, one seed; writes nothing")
     parser.add_argument("--seeds", type=int, default=5, help="how many")
     flags = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("p2pswarm").setLevel(logging.ERROR)  # servers that fail and are missed are what this is about
     seeds = range(1, 2 if flags.quick else flags.seeds + 1)
     print(f"{__doc__.splitlines()[0]}\n\nseeds {', '.join(map(str, seeds))}\n")
     began_s = time.perf_counter()
@@ -45,4 +43,6 @@ def _print(cell: Cell) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    logging.getLogger("p2pswarm").setLevel(logging.ERROR)  # servers that fail and are missed are what this is about
     main()

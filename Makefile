@@ -34,8 +34,9 @@ test: setup
 
 # What takes minutes: large simulations, swarms of thirty nodes, long stalls.
 test-slow: setup
-	$(BIN)/pytest -m "slow and not gpu and not hub"
+	$(BIN)/pytest -m "slow and not exhaustive and not gpu and not hub"
 
+# With the exhaustive ones, half an hour: thousands of random histories, chaos by the hour, real delays.
 test-all: setup
 	$(BIN)/pytest
 

@@ -49,6 +49,7 @@ def test_text_is_the_local_models_while_servers_are_killed_and_stopped(one_threa
         assert outcome.num_recoveries >= outcome.num_strikes / 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_simulation_prints_its_question_its_seed_and_its_answer(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], one_thread: None

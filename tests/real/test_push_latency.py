@@ -19,7 +19,7 @@ from p2pswarm.client.swarm import open_swarm
 from p2pswarm.core.span import Span
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.exhaustive]
 
 SPANS = (Span(0, 3), Span(3, 6), Span(6, 8))
 ONE_WAY_S = 0.05

@@ -133,6 +133,7 @@ def test_costs_equal_dijkstras_after_any_changes() -> None:
         run_changes(seed)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_costs_equal_dijkstras_after_five_thousand_sequences_of_changes() -> None:
     for seed in range(5000):

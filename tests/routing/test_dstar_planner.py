@@ -149,6 +149,7 @@ def test_routes_are_those_of_a_search_from_scratch_after_any_changes() -> None:
         run_changes(seed)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_routes_are_those_of_a_search_from_scratch_after_five_thousand_sequences_of_changes() -> None:
     for seed in range(5000):

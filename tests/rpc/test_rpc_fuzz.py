@@ -170,6 +170,7 @@ def test_nothing_that_strangers_send_harms_or_stays(attacks: Attacks, delay_s: f
     run_simulated(partial(survive, attacks, delay_s))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @given(attacks, st.sampled_from([0.0, 0.5]))
 @settings(deadline=None, max_examples=500, suppress_health_check=[HealthCheck.too_slow])

@@ -77,6 +77,7 @@ async def test_no_answer_is_wrong_and_no_error_is_seen(seed: int, autojump_clock
     assert outcome.longest_step_s < CONFIG.recovery_timeout_s
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 110))
 async def test_thousands_of_steps(seed: int, autojump_clock: MockClock) -> None:

@@ -85,7 +85,8 @@ def test_identity_made_by_another_process_at_the_same_time_is_kept(
 
 
 @pytest.mark.parametrize(
-    "damage", [lambda data: data[:-1], lambda data: b"", lambda data: bytes(68), lambda data: data[:-1] + b"\xff"]
+    "damage",
+    [lambda data: data[:-1], lambda data: b"", lambda data: bytes(68), lambda data: data[:-1] + bytes([data[-1] ^ 1])],
 )
 def test_damaged_file_is_refused_with_its_name(tmp_path: Path, damage: object) -> None:
     path = tmp_path / "server.key"

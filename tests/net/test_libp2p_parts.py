@@ -7,10 +7,12 @@ PROGRAM = """
 import sys
 import p2pswarm.net.host
 assert "libp2p.abc" in sys.modules
-unwanted = {"libp2p", "libp2p.host.basic_host", "httpx", "requests", "zeroconf"} & sys.modules.keys()
+unwanted = {"libp2p", "libp2p.host.basic_host", "httpx", "requests", "zeroconf", "aioquic"} & sys.modules.keys()
 assert not unwanted, unwanted
 from libp2p import new_host
 from libp2p.transport import TransportManager
+from libp2p.transport.quic.stream import QUICStream
+assert hasattr(QUICStream, "read")
 from libp2p.peer.id import ID
 assert ID is p2pswarm.net.upgrade.ID
 """

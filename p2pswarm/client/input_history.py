@@ -71,17 +71,19 @@ class InputHistory:
         column = self._columns.get(boundary)
         return self.length == 0 or (column is not None and column.filled >= self.length)
 
-    def begin(self, step: StepInput) -> Before:
-        """Goes back to the step's position and follows its beams. What is returned is for `give_up`."""
+    def before(self, step: StepInput) -> Before:
+        """For `give_up`: the tokens that come before the step."""
+        return Before(step.position, self._first_tokens(step.position))
+
+    def begin(self, step: StepInput) -> None:
+        """Goes back to the step's position and follows its beams."""
         self.length = step.position
-        self._columns = {key: column.at_most(step.position) for key, column in self._columns.items() if step.position}
-        before = Before(self.length, dict(self._columns))
+        self._columns = self._first_tokens(step.position)
         if step.beam_indices is not None:
             for key, column in self._columns.items():
                 self._columns[key] = Column(column.values.index_select(0, step.beam_indices), column.filled)
         self._put_extra("mask", step.attention_mask, step)
         self._put_extra("position_ids", step.position_ids, step)
-        return before
 
     def put(self, boundary: int, position: int, hidden_states: torch.Tensor) -> None:
         """Keeps what went into block `boundary` from `position` on; [batch, tokens, hidden].
@@ -113,6 +115,9 @@ class InputHistory:
         states, mask, position_ids = (self._kept(key) for key in (boundary, "mask", "position_ids"))
         assert states is not None, f"boundary {boundary} is not remembered"
         return StepInput(states, 0, mask, position_ids)
+
+    def _first_tokens(self, length: int) -> dict[Key, Column]:
+        return {key: column.at_most(length) for key, column in self._columns.items()} if length else {}
 
     def _kept(self, key: Key) -> torch.Tensor | None:
         column = self._columns.get(key)

@@ -70,6 +70,8 @@ class Link:
         """As announced when the link was opened."""
         self.dtype = dtype
         """What the server computes in, and so is sent."""
+        self.as_next_hop = NextHop(hop.peer_id, remote.request.session_id, server.addresses[:MAX_NEXT_HOP_ADDRESSES])
+        """What the server before needs to know to hand its output on."""
         self.length = 0
         """Tokens in the server's cache."""
         self.filled_step_id = -1
@@ -82,12 +84,6 @@ class Link:
         self._remote = remote
         self._asked: Step | PushedStep | None = None
         self._scope = scope
-
-    @property
-    def as_next_hop(self) -> NextHop:
-        """What the server before needs to know to hand its output on."""
-        addresses = self.server.addresses[:MAX_NEXT_HOP_ADDRESSES]
-        return NextHop(self.hop.peer_id, self._remote.request.session_id, addresses)
 
     @property
     def can_push(self) -> bool:

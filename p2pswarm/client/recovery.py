@@ -14,7 +14,6 @@ from p2pswarm.core.errors import (
     RequestRefused,
     ServerBusy,
     SessionLost,
-    SwarmingError,
 )
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.span import Span
@@ -76,7 +75,7 @@ class Recovery:
             raise error
         if self._is_time_up(now_s):
             missing = MissingBlocksError(f"no server for blocks {blocks} that works", [(blocks.start, blocks.end)])
-            raise self._with_history(missing) from error
+            raise self.explained(missing) from error
 
     def wait_s(self, error: MissingBlocksError, now_s: float) -> float:
         """How long to wait for missing blocks: not at all at first, since servers that failed may be back already.
@@ -85,7 +84,7 @@ class Recovery:
         """
         self._start(now_s)
         if self._is_time_up(now_s):
-            raise self._with_history(error) from self.last_failure
+            raise self.explained(error) from self.last_failure
         self.avoided.clear()
         if isinstance(self.last_failure, RequestRefused):
             raise self.last_failure
@@ -107,10 +106,6 @@ class Recovery:
         self._had_another_chance.add(peer_id)
         return True
 
-    def explained(self, error: MissingBlocksError) -> SwarmingError:
-        """The error with the failures that led to it."""
-        return self._with_history(error)
-
     def _start(self, now_s: float) -> None:
         if self._deadline_s is None:
             self._deadline_s = now_s + self._config.recovery_timeout_s
@@ -118,7 +113,8 @@ class Recovery:
     def _is_time_up(self, now_s: float) -> bool:
         return self._deadline_s is not None and now_s >= self._deadline_s
 
-    def _with_history(self, error: MissingBlocksError) -> MissingBlocksError:
+    def explained(self, error: MissingBlocksError) -> MissingBlocksError:
+        """The error with the failures that led to it."""
         if self.last_failure is None:
             return error
         tried = short_peers(sorted(self._failed))

@@ -94,9 +94,13 @@ class Session:
         self._check(step)
         with self._alone():
             running = self._running_for(step)
+            before = running.history.before(step)
             try:
                 parts = [await self._run_part(running, part) for part in in_parts(step, self._config.max_step_bytes)]
             except BaseException:
+                running.give_up(step, before)
+                if self._is_closed:
+                    running.close()
                 self._position = step.position
                 raise
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
@@ -115,7 +119,7 @@ class Session:
         self._check_open()
         step.check()
         hidden_size = self._servers.facts.hidden_size
-        if step.hidden_states.ndim != 3 or step.hidden_states.shape[2] != hidden_size:
+        if step.hidden_states.shape[2] != hidden_size:
             raise ConfigError(
                 f"a step takes hidden states [batch, tokens, {hidden_size}], got {list(step.hidden_states.shape)}"
             )
@@ -157,14 +161,8 @@ class Session:
     async def _run_part(self, running: "_Running", step: StepInput) -> torch.Tensor:
         passage = Passage(next(self._step_ids), step, self._config.codec)
         self._position = step.position
-        before = running.history.begin(step)
-        try:
-            output = await self._through(running, passage)
-        except BaseException:
-            running.give_up(passage, before)
-            if self._is_closed:
-                running.close()
-            raise
+        running.history.begin(step)
+        output = await self._through(running, passage)
         running.history.commit(step.end)
         self._position = step.end
         return output
@@ -234,12 +232,12 @@ class _Running:
     def close(self) -> None:
         self.chain.drop(self.chain.links)
 
-    def give_up(self, passage: Passage, before: Before) -> None:
+    def give_up(self, step: StepInput, before: Before) -> None:
         """Makes as if the step had never begun, but for going back to its position.
 
         Servers that still owe an answer are let go of: nobody knows what they hold. The others go back with the next
         step, unless rows changed places, which no later step can undo.
         """
         self.history.give_up(before)
-        rows_moved = passage.beam_indices is not None
+        rows_moved = step.beam_indices is not None
         self.chain.drop([link for link in self.chain.links if rows_moved or link.owes_an_answer])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import trio
+import trio.lowlevel
 
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.step_input import StepInput
@@ -99,6 +100,31 @@ async def test_step_with_beams_that_was_cut_short_can_be_made_again(open_world) 
                 world.memory.resume(last)
             answer = await session.step(step)
             torch.testing.assert_close(answer, expected[number], rtol=1e-4, atol=1e-5)
+
+
+async def test_step_with_beams_in_parts_that_was_cut_short_can_be_made_again(open_world) -> None:
+    beams = torch.tensor([2, 0, 0])
+    steps = [StepInput(states(5, 3, 1), 0), StepInput(states(6, 3, 2), 5, beam_indices=beams)]
+    expected = await steps_without_failures(open_world, steps)
+    config = ClientConfig(known_peers_path=None, max_step_bytes=3 * 2 * HIDDEN_SIZE * 4)
+    async with open_world(config=config) as world, world.model.session(max_length=60) as session:
+        await session.step(steps[0])
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+
+                async def cut_short() -> None:
+                    while session.position < 7:
+                        await trio.lowlevel.checkpoint()
+                    world.memory.hang(session.route.hops[-1].peer_id)
+                    await trio.sleep(0.1)
+                    scope.cancel()
+
+                nursery.start_soon(cut_short)
+                await session.step(steps[1])
+        assert scope.cancelled_caught
+        assert session.position == 5
+        world.memory.resume(session.route.hops[-1].peer_id)
+        torch.testing.assert_close(await session.step(steps[1]), expected[1], rtol=1e-4, atol=1e-5)
 
 
 async def test_own_mistake_bans_nobody_and_leaves_the_session_as_it_was(open_world) -> None:

@@ -62,7 +62,8 @@ def test_history_follows_steps_rollbacks_beams_masks_and_steps_given_up(data: st
             flags.long() * 5 if data.draw(st.booleans()) else None,
             None if beams is None else torch.tensor(beams),
         )
-        before = history.begin(step)
+        before = history.before(step)
+        history.begin(step)
         if data.draw(st.booleans()):
             put_everywhere(history, step)
             history.commit(step.end)

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from p2pswarm.blocks.packed_weights import ColumnLinear, JoinedLinear, pack_layer, pack_weights
+from p2pswarm.blocks.packed_weights import MAX_THREADS, ColumnLinear, JoinedLinear, pack_layer, pack_weights
 
 SIZE = 8
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+@pytest.fixture(autouse=True, params=[1, MAX_THREADS])
+def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(num_threads)
 
@@ -149,8 +149,8 @@ def test_a_column_is_summed_up_as_exactly_as_a_row() -> None:
     assert column_error < 1.3 * row_error
 
 
-def test_with_several_threads_all_is_left_alone() -> None:
-    torch.set_num_threads(2)
+def test_with_more_threads_than_were_measured_all_is_left_alone() -> None:
+    torch.set_num_threads(MAX_THREADS + 1)
     model = gated()
     pack(model)
     assert all(type(layer) is nn.Linear for layer in (model.gate, model.up))

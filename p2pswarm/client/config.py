@@ -9,7 +9,7 @@ import platformdirs
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
 from p2pswarm.routing.costs import CostModel
-from p2pswarm.wire.messages import Codec
+from p2pswarm.wire.messages import MAX_ALLOC_TIMEOUT_S, Codec
 
 
 def default_known_peers_path() -> Path:
@@ -31,6 +31,8 @@ class ClientConfig:
     """Between looks at who serves a model; failures are noticed at once."""
     open_timeout_s: float = 15.0
     """For opening a session at one server: a dial, three round trips and its wait for room."""
+    alloc_timeout_s: float = 0.0
+    """How long to wait at a server that has no room in its KV cache; 0: another server is tried at once."""
     min_step_timeout_s: float = 3.0
     """A server that takes longer, and four times as long as usual, is asked whether it is alive."""
     step_timeout_s: float = 60.0
@@ -79,6 +81,10 @@ class ClientConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} is a number of seconds above 0, got {getattr(self, name)}")
+        if not 0 <= self.alloc_timeout_s <= MAX_ALLOC_TIMEOUT_S:
+            raise ConfigError(
+                f"alloc_timeout_s is a number of seconds from 0 to {MAX_ALLOC_TIMEOUT_S:g}, got {self.alloc_timeout_s}"
+            )
         if self.recovery_timeout_s < 0:
             raise ConfigError(f"recovery_timeout_s is a number of seconds, 0 or more, got {self.recovery_timeout_s}")
         if self.max_retries is not None and self.max_retries < 0:

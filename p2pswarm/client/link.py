@@ -57,6 +57,7 @@ class LinkTerms:
     max_length: int
     batch_size: int
     codec: Codec
+    alloc_timeout_s: float
 
 
 class Link:
@@ -132,19 +133,28 @@ async def open_link(
     server: ServerInfo,
     dtype: torch.dtype,
     terms: LinkTerms,
+    first_tokens: int,
     timeout_s: float,
     *,
     task_status: trio.TaskStatus[Link] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Opens a session at the hop, hands over the link, and keeps it open until it is closed.
 
-    Raises what `RpcClient.open_session` raises while it opens.
+    `first_tokens` of each sequence will be sent at once. `timeout_s` does not count the wait for room that `terms`
+    allow. Raises what `RpcClient.open_session` raises while it opens.
     """
     request = OpenSession(
-        SessionId(secrets.token_hex(16)), terms.model_id, hop.span, terms.max_length, terms.batch_size, terms.codec
+        SessionId(secrets.token_hex(16)),
+        terms.model_id,
+        hop.span,
+        terms.max_length,
+        terms.batch_size,
+        terms.codec,
+        alloc_timeout_s=terms.alloc_timeout_s,
+        first_tokens=first_tokens,
     )
     with trio.CancelScope() as scope:
-        async with rpc.open_session(hop.peer_id, request, timeout_s) as remote:
+        async with rpc.open_session(hop.peer_id, request, timeout_s + terms.alloc_timeout_s) as remote:
             task_status.started(Link(hop, server, dtype, remote, scope))
             await trio.sleep_forever()
 

@@ -54,7 +54,8 @@ class Mender:
         self._widen_to_what_is_remembered(chain, history)
         if chain.gaps:
             planned = await self._planned(chain, history.length, frozenset(recovery.avoided))
-            failures = await self._open(chain, planned, recovery.open_timeout_s)
+            first_tokens = history.length + passage.step.num_tokens
+            failures = await self._open(chain, planned, first_tokens, recovery.open_timeout_s)
             if failures:
                 return failures
             history.forget_all_but({link.hop.span.start for link in chain.links})
@@ -94,7 +95,9 @@ class Mender:
             planned |= {hop: self._servers.known[hop.peer_id] for hop in route.hops if hop not in chain.hops}
         return planned
 
-    async def _open(self, chain: Chain, planned: Mapping[Hop, ServerInfo], timeout_s: float) -> list[HopFailed]:
+    async def _open(
+        self, chain: Chain, planned: Mapping[Hop, ServerInfo], first_tokens: int, timeout_s: float
+    ) -> list[HopFailed]:
         """Opens links at all of the hops at once; the failures."""
         failures: list[HopFailed] = []
 
@@ -108,6 +111,7 @@ class Mender:
                         server,
                         dtype_of(server),
                         self._terms,
+                        first_tokens,
                         timeout_s,
                     )
                 chain.add(link)

@@ -153,7 +153,13 @@ class Session:
             running.close()
             running = None
         if running is None:
-            terms = LinkTerms(self._servers.facts.model_id, self.max_length, step.batch_size, self._config.codec)
+            terms = LinkTerms(
+                self._servers.facts.model_id,
+                self.max_length,
+                step.batch_size,
+                self._config.codec,
+                self._config.alloc_timeout_s,
+            )
             mender = Mender(self._servers, self._rpc, self._config, terms, self._nursery)
             self._running = running = _Running(self._servers, self._config, terms, mender)
         return running

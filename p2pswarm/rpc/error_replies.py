@@ -40,6 +40,8 @@ def reply_to(error: Exception) -> ErrorReply:
             code = ErrorCode.DRAINING
         case ServerBusy():
             code = ErrorCode.BUSY
+        case SessionLost():
+            code = ErrorCode.SESSION_LOST
         case trio.TooSlowError():
             return ErrorReply(ErrorCode.INTERNAL, "the server did not manage in time")
         case _:

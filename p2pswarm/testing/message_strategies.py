@@ -7,6 +7,7 @@ from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.wire.messages import (
     FLOAT_DTYPES,
+    MAX_ALLOC_TIMEOUT_S,
     MAX_LENGTH,
     MAX_STEP_ID,
     Codec,
@@ -145,10 +146,12 @@ def messages() -> st.SearchStrategy[Message]:
             _IDENTIFIERS.map(SessionId),
             _IDENTIFIERS.map(ModelId),
             spans(),
-            st.integers(1, MAX_LENGTH),
+            st.integers(100, MAX_LENGTH),
             st.integers(1, 1000),
             st.sampled_from(Codec),
             st.none() | _IDENTIFIERS,
+            st.floats(0, MAX_ALLOC_TIMEOUT_S),
+            st.integers(0, 100),
         ),
         st.builds(SessionOpened, _IDENTIFIERS.map(SessionId)),
         steps(),

@@ -19,7 +19,7 @@ from p2pswarm.core.span import Span
 from p2pswarm.wire.fields import MAX_TEXT_CHARACTERS, is_identifier
 from p2pswarm.wire.frames import Buffer, num_bytes
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Goes up when messages or fields are added; what breaks older nodes gets a new protocol id instead."""
 MIN_PROTOCOL_VERSION = 1
 """The oldest version this node still talks to."""
@@ -38,6 +38,8 @@ SCALE_BYTES = 4
 MAX_BATCH_SIZE = 1 << 16
 MAX_LENGTH = 1 << 24
 """Tokens: far above any model's context; keeps position arithmetic small."""
+MAX_ALLOC_TIMEOUT_S = 3600.0
+"""A client that would wait longer for room may ask again."""
 MAX_STEP_ID = (1 << 63) - 1
 MAX_NEXT_HOP_ADDRESSES = 8
 MAX_NEXT_HOP_ADDRESS_CHARACTERS = 256
@@ -154,12 +156,21 @@ class OpenSession:
     codec: Codec = Codec.NONE
     """For the hidden states of the answers."""
     adapter: str | None = None
+    alloc_timeout_s: float = 0.0
+    """How long the client waits for room where there is none at once."""
+    first_tokens: int = 0
+    """Tokens per sequence that come at once, a prompt or a replay: there has to be room for these."""
 
     def __post_init__(self) -> None:
         _check_identifier(self.session_id, "session_id")
         _check_identifier(self.model_id, "model_id")
         _check_range(self.max_length, 1, MAX_LENGTH, "max_length")
         _check_range(self.batch_size, 1, MAX_BATCH_SIZE, "batch_size")
+        _check_range(self.first_tokens, 0, self.max_length, "first_tokens")
+        if not 0 <= self.alloc_timeout_s <= MAX_ALLOC_TIMEOUT_S:
+            raise ConfigError(
+                f"alloc_timeout_s is a number of seconds from 0 to {MAX_ALLOC_TIMEOUT_S:g}, got {self.alloc_timeout_s}"
+            )
         if self.adapter is not None:
             _check_identifier(self.adapter, "adapter")
 

@@ -208,6 +208,8 @@ def _open_session_values(message: OpenSession) -> dict[str, Any]:
         "batch_size": message.batch_size,
         "codec": message.codec.value,
         "adapter": message.adapter,
+        "alloc_timeout_s": message.alloc_timeout_s,
+        "first_tokens": message.first_tokens,
     }
 
 
@@ -220,6 +222,8 @@ def _read_open_session(fields: Fields, _: _Tensors) -> OpenSession:
         batch_size=fields.integer("batch_size"),
         codec=_codec_named(fields, fields.text("codec", default=Codec.NONE.value)),
         adapter=fields.text("adapter") if fields.has("adapter") else None,
+        alloc_timeout_s=fields.number("alloc_timeout_s", default=0.0),
+        first_tokens=fields.integer("first_tokens", default=0),
     )
 
 

@@ -32,6 +32,7 @@ PEER = PeerId("12D3KooWpeer")
         (UnsupportedVersion("why"), ErrorCode.UNSUPPORTED_VERSION, RequestRefused),
         (ServerBusy("why"), ErrorCode.BUSY, ServerBusy),
         (Draining("why"), ErrorCode.DRAINING, ServerBusy),
+        (SessionLost("why"), ErrorCode.SESSION_LOST, SessionLost),
     ],
 )
 def test_what_concerns_the_request_is_told(raised: Exception, code: ErrorCode, seen: type[Exception]) -> None:

@@ -114,7 +114,7 @@ def header(**fields: object) -> bytes:
     [
         (header(type="backward"), ErrorCode.UNKNOWN_MESSAGE, "a message of unknown type 'backward'"),
         (header(type=None), ErrorCode.UNKNOWN_MESSAGE, "a message of unknown type None"),
-        (header(version=0), ErrorCode.UNSUPPORTED_VERSION, "this node from 1 to 2"),
+        (header(version=0), ErrorCode.UNSUPPORTED_VERSION, "this node from 1 to 3"),
         (header(), ErrorCode.BAD_REQUEST, "wanted a tensor hidden_states, got none"),
         (header(position=-4), ErrorCode.BAD_REQUEST, "position to be a whole number"),
         (header(tensors=[["x", "float32", [1 << 40], "none", 1]]), ErrorCode.BAD_REQUEST, "of at most 4 dimensions"),

@@ -1,6 +1,8 @@
 """Messages: each survives the trip; strangers' messages are checked field by field; what is new is passed over."""
 
 import contextlib
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -68,7 +70,7 @@ def test_the_header_is_as_the_protocol_page_says() -> None:
     frame = frame_of(encode_message(STEP))
     assert frame.header == {
         "type": "step",
-        "version": 2,
+        "version": 3,
         "step_id": 7,
         "position": 5,
         "tensors": [
@@ -104,7 +106,7 @@ def test_unknown_fields_tensors_and_error_codes_are_passed_over() -> None:
 
 def test_newer_versions_are_welcome_and_too_old_ones_are_not() -> None:
     assert decode_message(changed(InfoRequest(), version=99)) == InfoRequest()
-    with pytest.raises(UnsupportedVersion, match="speaks protocol versions up to 0, this node from 1 to 2"):
+    with pytest.raises(UnsupportedVersion, match="speaks protocol versions up to 0, this node from 1 to 3"):
         decode_message(changed(InfoRequest(), version=0), peer_id=PEER)
 
 
@@ -170,11 +172,19 @@ def test_what_only_pushing_peers_know_is_left_out_where_it_is_not_used() -> None
     assert "from_push" not in frame_of(encode_message(StepReply(7, 7, HIDDEN))).header
 
 
+def test_an_older_client_waits_for_no_room_and_announces_no_tokens() -> None:
+    request = OpenSession(SessionId("s"), ModelId("m"), Span(0, 1), 10, 1, alloc_timeout_s=2.5, first_tokens=7)
+    frame = frame_of(encode_message(request))
+    assert decode_message(frame) == request
+    older = {name: value for name, value in frame.header.items() if name not in ("alloc_timeout_s", "first_tokens")}
+    assert decode_message(replace(frame, header=older)) == replace(request, alloc_timeout_s=0.0, first_tokens=0)
+
+
 def test_a_next_hop_travels_as_the_protocol_page_says() -> None:
     step = PushedStep(7, 5, 2, push_to=NextHop(PEER, SessionId("s"), ("/ip4/10.0.0.1/tcp/4001",)))
     assert frame_of(encode_message(step)).header == {
         "type": "pushed_step",
-        "version": 2,
+        "version": 3,
         "step_id": 7,
         "position": 5,
         "num_tokens": 2,
@@ -254,6 +264,11 @@ def test_messages_that_cannot_be_right_are_not_made() -> None:
         OpenSession(SessionId("s"), ModelId("m"), Span(0, 1), 10, 0)
     with pytest.raises(ConfigError, match="max_length"):
         OpenSession(SessionId("s"), ModelId("m"), Span(0, 1), 0, 1)
+    with pytest.raises(ConfigError, match="first_tokens is a whole number from 0 to 10, got 11"):
+        OpenSession(SessionId("s"), ModelId("m"), Span(0, 1), 10, 1, first_tokens=11)
+    for alloc_timeout_s in (-1.0, math.inf, math.nan):
+        with pytest.raises(ConfigError, match="alloc_timeout_s is a number of seconds from 0 to 3600"):
+            OpenSession(SessionId("s"), ModelId("m"), Span(0, 1), 10, 1, alloc_timeout_s=alloc_timeout_s)
     with pytest.raises(ConfigError, match="session_id"):
         SessionOpened(SessionId("two words"))
     with pytest.raises(ConfigError, match="hidden_states"):

@@ -49,3 +49,7 @@ class ServerInfo:
     """How long a decode step waits for the device now."""
     public_name: str = ""
     version: str = ""
+    next_span: Span | None = None
+    """Where the server is about to move; until it has gone it still serves `span`."""
+    is_pinned: bool = False
+    """Its blocks were chosen by whoever runs it: it never moves."""

@@ -67,6 +67,8 @@ def server_infos() -> st.SearchStrategy[ServerInfo]:
         queue_delay_s=_NUMBERS,
         public_name=_TEXTS,
         version=_IDENTIFIERS,
+        next_span=st.none() | spans(100),
+        is_pinned=st.booleans(),
     )
 
 

@@ -67,15 +67,19 @@ def server_info_values(info: ServerInfo) -> dict[str, Any]:
         "queue_delay_s": info.queue_delay_s,
         "public_name": info.public_name,
         "version": info.version,
+        "next_span": None if info.next_span is None else [info.next_span.start, info.next_span.end],
+        "is_pinned": info.is_pinned,
     }
 
 
 def read_server_info(fields: Fields) -> ServerInfo:
     """The announcement that such a map holds."""
     span = fields.span("span")
+    next_span = fields.span("next_span") if fields.has("next_span") else None
     num_model_blocks = fields.integer("num_model_blocks", 1, MAX_BLOCKS)
-    if span.end > num_model_blocks:
-        fields.refuse(f"a span within the model's {num_model_blocks} blocks, got {span}")
+    for announced in (span, next_span):
+        if announced is not None and announced.end > num_model_blocks:
+            fields.refuse(f"a span within the model's {num_model_blocks} blocks, got {announced}")
     return ServerInfo(
         peer_id=PeerId(fields.identifier("peer_id")),
         model_id=ModelId(fields.identifier("model_id")),
@@ -97,6 +101,8 @@ def read_server_info(fields: Fields) -> ServerInfo:
         queue_delay_s=fields.number("queue_delay_s", 0.0),
         public_name=_read_printable(fields, "public_name"),
         version=_read_printable(fields, "version"),
+        next_span=next_span,
+        is_pinned=fields.boolean("is_pinned", default=False),
     )
 
 

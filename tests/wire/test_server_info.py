@@ -47,6 +47,8 @@ def test_unknown_fields_are_passed_over_and_missing_ones_have_their_defaults() -
         "public_name",
         "version",
         "using_relay",
+        "next_span",
+        "is_pinned",
     ):
         del values[name]
     assert decode_server_info(msgpack.packb(values)) == INFO
@@ -60,6 +62,9 @@ def test_unknown_fields_are_passed_over_and_missing_ones_have_their_defaults() -
         ({"model_id": b"m"}, "model_id"),
         ({"span": [10, 0]}, "START < END"),
         ({"span": [0, 31]}, "a span within the model's 30 blocks, got 0:31"),
+        ({"next_span": [25, 31]}, "a span within the model's 30 blocks, got 25:31"),
+        ({"next_span": [3, 3]}, "START < END"),
+        ({"is_pinned": "no"}, "is_pinned to be true or false"),
         ({"span": [0]}, r"a block range \[start, end\]"),
         ({"state": "happy"}, "state to be one of joining, online, draining, offline"),
         ({"addresses": ["/ip4/1.2.3.4/tcp/5"] * 33}, "at most 32 texts"),

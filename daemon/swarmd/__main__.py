@@ -64,13 +64,19 @@ def _add_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     blocks.add_argument("--num-blocks", metavar="N", help="serve N blocks, those that the swarm needs most")
     blocks.add_argument("--max-length", metavar="TOKENS", help="longest session (default: the model's own limit)")
     blocks.add_argument(
-        "--cache-tokens", metavar="TOKENS", help="KV cache for all sessions together (default: by memory)"
+        "--kv-cache", metavar="SIZE", help="of all sessions: 4GiB, 16384 tokens or 25%% (default: by free memory)"
     )
     blocks.add_argument("--name", help="shown to people beside the peer id")
     compute = start.add_argument_group("how to compute")
     compute.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
     compute.add_argument("--dtype", help="auto (default: the checkpoint's), float32, bfloat16 or float16")
     compute.add_argument("--threads", metavar="N", help="of torch (default: one per physical core)")
+    compute.add_argument(
+        "--throughput",
+        metavar="HOW",
+        help="auto (default: measured once and remembered), eval (measured anew), dry-run (shown, nothing is served), "
+        "or the tokens per second to announce",
+    )
     source = start.add_argument_group("where the model comes from")
     source.add_argument("--revision", help="branch, tag or commit on the hub")
     source.add_argument("--token", help="for gated models of the hub (better: the HF_TOKEN variable)")
@@ -79,7 +85,19 @@ def _add_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--grace-period",
         metavar="S",
         dest="grace_period_s",
-        help="seconds that running sessions have to end after a signal (default: 10)",
+        help="seconds that running sessions have to end after a signal, or before a move (default: 10)",
+    )
+    balance = start.add_argument_group("when to move to other blocks (never with --blocks)")
+    balance.add_argument(
+        "--balance-quality",
+        metavar="PART",
+        help="move where the swarm has less than this part of the throughput it would have then (default: 0.75)",
+    )
+    balance.add_argument(
+        "--balance-check-period",
+        metavar="S",
+        dest="balance_check_period_s",
+        help="seconds between looks whether to move, on average (default: 60)",
     )
 
 

@@ -1,4 +1,4 @@
-"""Takes the blocks that the swarm needs most, and gets out of the way of others who do so at the same moment.
+"""Takes the blocks that the swarm needs most, and makes way for others who do so at the same moment.
 
 What is chosen is decided in `swarmd/block_choice.py`.
 """
@@ -26,12 +26,18 @@ async def take_worst_served(num_blocks: int, presence: Presence, directory: Dire
     servers = await directory.servers(info.model_id)
     span = worst_served_span(info.num_model_blocks, num_blocks, servers.values())
     await presence.announce(replace(info, span=span, state=ServerState.JOINING))
+    # Who looked before our word was out has sent its own when as much time again has passed, if it is as fast.
+    await make_way(presence, directory, trio.current_time() - looked_at_s)
+
+
+async def make_way(presence: Presence, directory: Directory, wait_s: float = 0.0) -> None:
+    """For a server announced as joining: takes other blocks where one of lower peer id is joining with the same."""
     for _ in range(MAX_LOOKS):
-        # Who looked before our word was out has sent its own when as much time again has passed, if it is as fast.
-        await trio.sleep(max(SHORTEST_WAIT_S, trio.current_time() - looked_at_s))
+        await trio.sleep(max(SHORTEST_WAIT_S, wait_s))
         looked_at_s = trio.current_time()
-        servers = await directory.servers(info.model_id)
+        servers = await directory.servers(presence.info.model_id)
         span = settled_span(presence.info, servers.values())
         if span == presence.info.span:
             break
         await presence.announce(replace(presence.info, span=span))
+        wait_s = trio.current_time() - looked_at_s

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.span import Span
 from p2pswarm.net.addresses import parse_tcp_address, split_peer_address
+from swarmd.kv_size import KVSize, parse_kv_size
+from swarmd.throughput import ThroughputSetting, ThroughputSource, parse_throughput
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -73,21 +75,30 @@ class ServerConfig(NodeConfig):
     cache_dir: Path | None = None
     max_length: int | None = None
     """Longest session accepted, in tokens; None: what the model was made for, if the KV cache holds it."""
-    cache_tokens: int | None = None
-    """Tokens of KV cache for all sessions together; None: what fits in a part of the free memory."""
+    kv_cache: KVSize | None = None
+    """KV cache for all sessions together; None: a sensible part of the free memory."""
+    throughput: ThroughputSetting = ThroughputSource.AUTO
     grace_period_s: float = 10.0
-    """How long running sessions may go on once the server was asked to stop."""
+    """How long running sessions may go on once the server was asked to stop, or goes on to other blocks."""
+    balance_quality: float = 0.75
+    """A server that was not told its blocks moves where the swarm's throughput is below this part of what it would be
+    then; 0: never."""
+    balance_check_period_s: float = 60.0
+    """Between two looks whether to move, on average."""
 
     def __post_init__(self) -> None:
         NodeConfig.__post_init__(self)
         _check(bool(self.model), "model", "a folder, a hub id or a .gguf file", self.model)
         if self.blocks is not None and self.num_blocks is not None:
             raise ConfigError(f"give --blocks or --num-blocks, not both (got {self.blocks} and {self.num_blocks})")
-        for name in ("num_blocks", "threads", "max_length", "cache_tokens"):
+        for name in ("num_blocks", "threads", "max_length"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "a whole number from 1", value)
         _check(self.dtype in DTYPES, "dtype", f"one of {', '.join(DTYPES)}", self.dtype)
         _check(0 <= self.grace_period_s < float("inf"), "grace_period_s", "seconds from 0", self.grace_period_s)
+        _check(0 <= self.balance_quality <= 1, "balance_quality", "a part from 0 to 1", self.balance_quality)
+        period_s = self.balance_check_period_s
+        _check(0 < period_s < float("inf"), "balance_check_period_s", "seconds above 0", period_s)
         _check(
             len(self.name) <= MAX_NAME_LETTERS and self.name.isprintable(),
             "name",
@@ -178,6 +189,19 @@ def _span(name: str, value: object) -> Span:
     return Span.parse(_text(name, value))
 
 
+def _kv_size(name: str, value: object) -> KVSize:
+    return parse_kv_size(_text_or_number(name, value))
+
+
+def _throughput(name: str, value: object) -> ThroughputSetting:
+    return parse_throughput(_text_or_number(name, value))
+
+
+def _text_or_number(name: str, value: object) -> str:
+    """What TOML may hold as a number, and a flag as text."""
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else _text(name, value)
+
+
 def _wrong_kind(name: str, wanted: str, value: object) -> ConfigError:
     return ConfigError(f"{_key(name)}: wanted {wanted}, got {value!r}")
 
@@ -202,7 +226,10 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "token": _text,
     "cache_dir": _path,
     "max_length": _whole_number,
-    "cache_tokens": _whole_number,
+    "kv_cache": _kv_size,
+    "throughput": _throughput,
     "grace_period_s": _number,
+    "balance_quality": _number,
+    "balance_check_period_s": _number,
 }
 """How a setting's value is read, from a flag (text, a list of texts, or True) or from TOML (anything)."""

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TextIO
 
+from p2pswarm.core.byte_sizes import format_byte_size
 from p2pswarm.core.clock import Clock
 
 
@@ -69,6 +70,16 @@ def _ready(fields: Mapping[str, Any]) -> str:
     return f"{what}\n  as {fields['peer_id']} ({how})\n  others join with: {fields['join_command']}"
 
 
+def _sized(fields: Mapping[str, Any]) -> str:
+    free, spare, block, kv, working = (
+        format_byte_size(fields[f"{name}_bytes"]) for name in ("free", "spare", "block", "kv", "working")
+    )
+    return (
+        f"{fields['num_blocks']} of {fields['num_model_blocks']} blocks: {free} free, {spare} of it left to others, "
+        f"{block} a block, {kv} kept for the KV cache, {working} to work in"
+    )
+
+
 def _swarm_lost(fields: Mapping[str, Any]) -> str:
     return "no other node of the swarm answers any more: asking again until one does"
 
@@ -77,10 +88,23 @@ SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "warning": lambda fields: f"warning: {fields['message']}",
     "joined": lambda fields: f"joined the swarm: {fields['num_peers']} nodes known",
     "join_failed": lambda fields: f"none of the given peers answers yet: {fields['message']}",
+    "sized": _sized,
     "loading": lambda fields: f"loading {fields['model']}: blocks {fields['blocks']}, {fields['dtype']}",
     "ready": _ready,
     "swarm_lost": _swarm_lost,
     "swarm_found": lambda fields: f"back in the swarm: {fields['num_peers']} nodes known",
+    "not_listed": lambda fields: "others do not find this server: announcing it again",
+    "moving": lambda fields: (
+        f"the swarm needs blocks {fields['to_blocks']} more than {fields['from_blocks']}: moving there; "
+        f"{fields['num_sessions']} sessions may take {fields['grace_period_s']:g} s to end"
+    ),
+    "moved": lambda fields: (
+        f"serving blocks {fields['to_blocks']} instead of {fields['from_blocks']}, after {fields['took_s']:.1f} s"
+    ),
+    "move_failed": lambda fields: (
+        f"blocks {fields['to_blocks']} could not be served ({fields['message']}): "
+        f"going back to blocks {fields['from_blocks']}"
+    ),
     "draining": lambda fields: (
         f"stopping: {fields['num_sessions']} sessions may take {fields['grace_period_s']:g} s to end"
     ),

@@ -56,10 +56,10 @@ def online_info(info: ServerInfo, loaded: "LoadedSpan") -> ServerInfo:
     )
 
 
-def answer_info(presence: Presence, figures: Figures, dht: DhtNode) -> InfoReply:
-    """What a client is told who asks: the announcement with today's figures, and other nodes."""
+def answer_info(presence: Presence, figures: Figures | None, dht: DhtNode) -> InfoReply:
+    """What a client is told who asks: the announcement with today's figures, if there are any yet, and other nodes."""
     others = {contact.peer_id: contact.addresses for contact in dht.known_contacts()[:MAX_PEERS_TOLD]}
-    return InfoReply(figures.updated(presence.info), peers=others)
+    return InfoReply(presence.info if figures is None else figures.updated(presence.info), peers=others)
 
 
 def ready_fields(config: ServerConfig, info: ServerInfo, device: str, start_s: float) -> Mapping[str, object]:

@@ -2,15 +2,16 @@
 
     start   listen -> join the swarm, while torch is imported -> choose blocks -> announce JOINING, while they load
             -> answer requests -> announce ONLINE -> ready
+    serve   these blocks, and where the swarm needs others more, those (`swarmd/span_life.py`)
     stop    begin nothing new -> announce DRAINING, while what runs finishes -> announce OFFLINE -> leave the network
 
-Decides nothing about requests (`swarmd/handler.py`) nor about sizes (`swarmd/engine.py`).
+A stop comes at any moment, also in the middle of a start or a move. Decides nothing about requests
+(`swarmd/handler.py`) nor about sizes (`swarmd/engine.py`).
 """
 
-import gc
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,27 +27,27 @@ from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.dht.node import DhtNode
 from p2pswarm.directory.announcer import Announcer
-from p2pswarm.directory.directory import Directory
 from p2pswarm.net.host import open_network
 from p2pswarm.net.identity import Identity
-from p2pswarm.net.network import Network
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
+from swarmd.balancing import Balancing, reason_to_move
 from swarmd.block_taking import take_worst_served
 from swarmd.config import ServerConfig
 from swarmd.device_thread import DeviceThread, open_device_thread
 from swarmd.events import Events
-from swarmd.figures import Figures
 from swarmd.identity_file import known_peers_path
 from swarmd.listen import listen_addresses
-from swarmd.memory import CacheBudget
-from swarmd.pings import PERIOD_S, Pings
+from swarmd.lookout import Lookout
 from swarmd.presence import Presence
-from swarmd.self_description import answer_info, joining_info, online_info, ready_fields
+from swarmd.self_description import joining_info, ready_fields
+from swarmd.served_span import CurrentSpan
+from swarmd.span_life import SpanLife
 from swarmd.stopping import unless
+from swarmd.surroundings import Surroundings
 
 if TYPE_CHECKING:
-    from swarmd.engine import LoadedSpan, OpenedModel
+    from swarmd.engine import OpenedModel
 
 DRAINING_ANNOUNCEMENT_TIMEOUT_S = 2.0
 """Clients learn it from our refusals as well."""
@@ -78,35 +79,20 @@ async def serve(
         await nursery.start(dht.run)
         announcer = Announcer(dht, network, clock, random)
         nursery.start_soon(announcer.run)
-        around = Surroundings(network, dht, announcer, RpcClient(network), device, clock, random, events)
+        around = Surroundings(network, dht, announcer, RpcClient(network), clock, random, events)
         try:
-            running = await unless(stop, partial(_start, config, around, nursery))
+            running = await unless(stop, partial(_start, config, around, device, nursery))
             if running is not None:
                 start_s = clock.unix_time_s() - started_unix_s
                 events("ready", **ready_fields(config, running.presence.info, str(running.opened.device), start_s))
-                await _serve_until(stop, around, running)
+                await unless(stop, running.life.serve)
                 await _drain(config, around, running)
         except SwarmingError:
-            await announcer.withdraw()  # of what was about to join
+            await announcer.withdraw()  # of what is there no more, or was about to join
             raise
         await announcer.withdraw()
         nursery.cancel_scope.cancel()
     events("stopped")
-
-
-@dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What a server stands on."""
-
-    network: Network
-    dht: DhtNode
-    announcer: Announcer
-    calls: RpcClient
-    """To other servers."""
-    device: DeviceThread
-    clock: Clock
-    random: Random
-    events: Events
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,55 +101,49 @@ class Running:
 
     opened: "OpenedModel"
     presence: Presence
-    figures: Figures
-    pings: Pings
     rpc: RpcServer
+    life: SpanLife
 
 
-async def _start(config: ServerConfig, around: Surroundings, nursery: trio.Nursery) -> Running:
-    device, events = around.device, around.events
+async def _start(config: ServerConfig, around: Surroundings, device: DeviceThread, nursery: trio.Nursery) -> Running:
     joined = trio.Event()
     nursery.start_soon(_join, config.peers, around, joined)
     await device.run(_import_engine)
     from swarmd import engine  # at once: the device's thread has imported them
-    from swarmd.handler import Served, SpanService
+    from swarmd.span_loading import ModelLoader
 
     opened = await device.run(partial(engine.open_model, config))
     if opened.warning is not None:
-        events("warning", message=opened.warning)
-    num_blocks = await _num_blocks_to_choose(config, device, opened)
+        around.events("warning", message=opened.warning)
+    num_blocks = await _num_blocks_to_choose(config, device, opened, around.events)
     told = config.blocks or Span(0, opened.num_blocks)
     presence = Presence(around.announcer, joining_info(config, around.network, opened, told))
-    loaded: LoadedSpan
+    current = CurrentSpan(presence, around.dht)
+    rpc = RpcServer(around.network, current)
+    await nursery.start(rpc.run)
+    life = SpanLife(
+        around,
+        presence,
+        current,
+        rpc,
+        ModelLoader(opened, config, device, current.describe, around.events),
+        None if num_blocks is None else _balancing(config, around, presence),
+        grace_period_s=config.grace_period_s,
+    )
     async with open_transparent_nursery() as meanwhile:
         if num_blocks is None:
             meanwhile.start_soon(_announce_joining, presence, joined)
         else:
             await joined.wait()
-            await take_worst_served(num_blocks, presence, Directory(around.dht, around.clock))
-        span = presence.info.span
-        events("loading", model=opened.checkpoint.name, blocks=str(span), dtype=opened.dtype_name)
-        loaded = await device.run(partial(engine.load, opened, span, config))
-
-    budget = CacheBudget(loaded.cache_tokens, span.num_blocks)
-    served = Served(opened.model_id, loaded.model, loaded.max_length)
-    pings = Pings(presence.info, around.network, around.calls, around.random)
-    figures = Figures(budget, device, pings)
-    rpc = RpcServer(
-        around.network, SpanService(served, device, budget, partial(answer_info, presence, figures, around.dht))
-    )
-    await nursery.start(rpc.run)
-    await presence.announce(online_info(presence.info, loaded))
-    gc.freeze()  # what a start leaves behind lives for ever: looking through it costs 0.3 s each time
-    gc.enable()
-    return Running(opened, presence, figures, pings, rpc)
+            await take_worst_served(num_blocks, presence, around.directory)
+        await life.begin()
+    return Running(opened, presence, rpc, life)
 
 
 def _import_engine() -> None:
     """Imports all that stands on torch."""
     importlib.import_module("p2pswarm.blocks.light_imports").import_transformers_lightly()
-    importlib.import_module("swarmd.engine")
-    importlib.import_module("swarmd.handler")
+    importlib.import_module("swarmd.span_loading")
 
 
 async def _join(peers: Sequence[str], around: Surroundings, joined: trio.Event) -> None:
@@ -178,36 +158,29 @@ async def _join(peers: Sequence[str], around: Surroundings, joined: trio.Event) 
     joined.set()
 
 
-async def _num_blocks_to_choose(config: ServerConfig, device: DeviceThread, opened: "OpenedModel") -> int | None:
+async def _num_blocks_to_choose(
+    config: ServerConfig, device: DeviceThread, opened: "OpenedModel", events: Events
+) -> int | None:
     """How many blocks to serve: as many as asked for, or as fit; None where that leaves nothing to choose."""
     if config.blocks is not None:
         return None
     num_blocks = config.num_blocks
     if num_blocks is None:
-        num_blocks = await device.run(opened.num_blocks_that_fit)
+        count = await device.run(partial(opened.count_blocks, config.kv_cache))
+        events("sized", **asdict(count))
+        num_blocks = count.num_blocks
     return None if num_blocks == opened.num_blocks else num_blocks
+
+
+def _balancing(config: ServerConfig, around: Surroundings, presence: Presence) -> Balancing:
+    lookout = Lookout(presence.info, around.directory, around.network, around.calls, around.random)
+    decide = partial(reason_to_move, balance_quality=config.balance_quality, random=around.random)
+    return Balancing(presence, lookout.others, decide, around.random, config.balance_check_period_s)
 
 
 async def _announce_joining(presence: Presence, joined: trio.Event) -> None:
     await joined.wait()
     await presence.become(ServerState.JOINING)
-
-
-async def _serve_until(stop: trio.Event, around: Surroundings, running: Running) -> None:
-    """Requests are answered in the background; here the announcement is kept true."""
-    async with open_transparent_nursery() as nursery:
-        nursery.start_soon(running.presence.follow_figures, running.figures)
-        nursery.start_soon(_follow_next_servers, around, running)
-        nursery.start_soon(running.presence.follow_swarm, lambda: around.dht.num_contacts, around.events)
-        await stop.wait()
-        nursery.cancel_scope.cancel()
-
-
-async def _follow_next_servers(around: Surroundings, running: Running) -> None:
-    """Keeps looking who is there, and how far away those are who may come next."""
-    directory = Directory(around.dht, around.clock, around.random)
-    async with directory.watch(running.opened.model_id, PERIOD_S) as view:
-        await running.pings.follow(view)
 
 
 async def _drain(config: ServerConfig, around: Surroundings, running: Running) -> None:

@@ -90,7 +90,7 @@ class ServedStream:
                 await self._serve_calls()
             if self._scope.cancelled_caught and (self.in_session or self.is_busy):
                 code = ErrorCode.SESSION_LOST if self.in_session else ErrorCode.DRAINING
-                await self._stream.say_goodbye(ErrorReply(code, "the server is about to stop"))
+                await self._stream.say_goodbye(ErrorReply(code, "the server is about to stop or to move"))
         except DeadlineExceeded as error:
             if not self.in_session:
                 raise
@@ -170,4 +170,4 @@ class ServedStream:
 
     def _check_not_draining(self) -> None:
         if self.is_draining:
-            raise Draining("the server is about to stop", self._peer_id)
+            raise Draining("the server is about to stop or to move", self._peer_id)

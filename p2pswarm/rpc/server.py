@@ -75,6 +75,12 @@ class RpcServer:
         for served in self._streams:
             served.is_draining = True
 
+    def accept_again(self) -> None:
+        """After `stop_accepting` or `drain`: the service can take new work, the same or another than before."""
+        self._is_draining = False
+        for served in self._streams:
+            served.is_draining = False
+
     async def drain(self, grace_s: float) -> None:
         """Returns when no stream is left.
 

@@ -1,0 +1,97 @@
+"""Makes served spans of the model that was opened: weights, KV cache, service. And unmakes them.
+
+All computing is the device thread's; importing this file imports torch. What is loaded is measured and sized in
+`swarmd/engine.py`.
+"""
+
+import ctypes
+import gc
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import trio
+
+from p2pswarm.blocks.span_model import SpanModel
+from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.wire.messages import InfoReply
+from swarmd import engine
+from swarmd.config import ServerConfig
+from swarmd.device_thread import DeviceThread
+from swarmd.engine import OpenedModel
+from swarmd.events import Events
+from swarmd.handler import Served, SpanService
+from swarmd.memory import CacheBudget
+from swarmd.probe import probe
+from swarmd.self_description import online_info
+from swarmd.served_span import ServedSpan
+
+FREE_TRIES, FREE_RETRY_S = 20, 0.1
+"""What the device's thread was left to do afterwards still holds a session's model for some milliseconds."""
+
+logger = logging.getLogger(__name__)
+
+
+class ModelLoader:
+    """Implements `served_span.SpanLoader` on a device."""
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        config: ServerConfig,
+        device: DeviceThread,
+        describe: Callable[[], InfoReply],
+        events: Events,
+    ) -> None:
+        self._opened = opened
+        self._config = config
+        self._device = device
+        self._describe = describe
+        self._events = events
+        self._model: weakref.ref[SpanModel] | None = None
+
+    async def load(self, info: ServerInfo) -> ServedSpan:
+        opened = self._opened
+        self._events("loading", model=opened.checkpoint.name, blocks=str(info.span), dtype=opened.dtype_name)
+        loaded = await self._device.run(partial(engine.load, opened, info.span, self._config))
+        self._model = weakref.ref(loaded.model)
+        budget = CacheBudget(loaded.cache_tokens, info.span.num_blocks)
+        served = Served(info.model_id, loaded.model, loaded.max_length)
+        service = SpanService(served, self._device, budget, self._describe)
+        gc.freeze()  # what a load leaves behind stays for long: looking through it costs 0.3 s each time
+        gc.enable()
+        return ServedSpan(
+            service,
+            online_info(info, loaded),
+            room=budget,
+            waiting=self._device,
+            probe=partial(probe, service, info, loaded.model.hidden_size),
+        )
+
+    async def free(self) -> None:
+        for _ in range(FREE_TRIES):
+            await self._device.run(_give_memory_back)
+            if self._model is None or self._model() is None:
+                return
+            await trio.sleep(FREE_RETRY_S)
+        logger.warning("the weights of the blocks served before are still in memory: something refers to them")
+
+
+def _give_memory_back() -> None:
+    """Modules refer to each other in circles, so only the collector frees them; frozen ones it leaves alone."""
+    gc.unfreeze()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        _trim_heap()
+
+
+def _trim_heap() -> None:
+    """Returns to the system what glibc keeps for the next request; other C libraries have no such call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from p2pswarm.blocks.architecture import Layout, lay_out, layer_windows
-from p2pswarm.blocks.kv_cache import SpanCache
+from p2pswarm.blocks.kv_cache import SpanCache, own_pool_pages
+from p2pswarm.blocks.kv_pool import KVPool, LayerShape, StateShape
 from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.packed_weights import pack_weights
@@ -107,6 +109,7 @@ class SpanModel:
         self._accepted = frozenset(inspect.signature(type(self._decoder).forward).parameters)
         self._windows = layer_windows(layout.model.config)
         self._passage = _Passage(span)
+        self._layer_shapes: dict[int, LayerShape] = {}
         self._blocks = {index: layout.blocks[index] for index in range(span.start, span.end)}
         for index, block in self._blocks.items():
             layout.blocks[index] = SpanBlock(block, index, self._passage)
@@ -117,12 +120,27 @@ class SpanModel:
         self._can_prepare = True  # until it is tried
         self._can_prepare = self._prepares_exactly()
 
-    def new_cache(self, batch_size: int, blocks: Span | None = None, max_length: int | None = None) -> SpanCache:
-        """An empty cache of `blocks` (all of the span's) for `batch_size` sequences.
+    def new_pool(self, num_pages: int) -> KVPool:
+        """Memory for the keys and values of many sessions; on a CPU it becomes resident as it is used."""
+        return KVPool(self._layer_shapes, num_pages, self.device)
 
-        It takes its memory as tokens come, somewhat ahead of need, but not for more than `max_length` tokens.
+    def new_cache(
+        self,
+        batch_size: int,
+        blocks: Span | None = None,
+        max_length: int | None = None,
+        pool: KVPool | None = None,
+    ) -> SpanCache:
+        """An empty cache of `blocks` (all of the span's) for `batch_size` sequences, of `max_length` tokens at most.
+
+        It takes pages of the pool as tokens come; without one, of a pool of its own that grows as it has to.
         """
-        return SpanCache(blocks or self.span, self._windows, batch_size, max_length)
+        span = blocks or self.span
+        if pool is not None:
+            return SpanCache(span, self._windows, pool, batch_size, max_length)
+        shapes = {index: self._layer_shapes[index] for index in range(span.start, span.end)}
+        own_pool = KVPool(shapes, own_pool_pages(batch_size, max_length), self.device)
+        return SpanCache(span, self._windows, own_pool, batch_size, max_length, pool_grows=True)
 
     @torch.inference_mode()
     def prepare(self, cache: SpanCache, blocks: Span | None = None) -> PreparedStep | None:
@@ -163,7 +181,8 @@ class SpanModel:
         if cache is not None and cache.num_sequences != hidden_states.shape[0]:
             raise ValueError(f"the cache is of {cache.num_sequences} sequences, {hidden_states.shape[0]} have come")
         if cache is not None:
-            cache.crop(position)
+            cache.make_room(position, hidden_states.shape[1])
+            cache.place()
         elif position != 0:
             raise ValueError(f"a run at position {position} needs a cache")
         named = {"attention_mask": attention_mask, "position_ids": position_ids}
@@ -181,7 +200,7 @@ class SpanModel:
             raise
 
     def _run_decoder(
-        self, states: torch.Tensor, cache: SpanCache | None, blocks: Span, arguments: dict[str, Any]
+        self, states: torch.Tensor, cache: Cache | None, blocks: Span, arguments: dict[str, Any]
     ) -> torch.Tensor:
         passage = self._passage
         passage.blocks, passage.hidden_states, passage.output = blocks, states, None
@@ -217,22 +236,38 @@ class SpanModel:
         except MODEL_CODE_FAILURES:
             return False
 
+    @torch.inference_mode()
     def _try_out(self) -> None:
-        """Runs one token: shows that the span works, and how much each of its layers keeps of a token."""
-        cache = self.new_cache(1)
+        """Runs one token: shows that the span works, and what each of its layers keeps of a token."""
+        layers: list[Any] = [
+            DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)  # type: ignore[no-untyped-call]
+            for window in self._windows
+        ]
         try:
-            self.run(torch.zeros(1, 1, self.hidden_size), cache, position=0)
+            token = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
+            self._run_decoder(token, Cache(layers=layers), self.span, {})
         except MODEL_CODE_FAILURES as error:
             raise UnsupportedModelError(
                 f"a {type(self._decoder).__name__} cannot run only some of its blocks: {error!r}"
             ) from error
-        forgetful = [self.span.start + index for index, layer in enumerate(cache.held) if layer.length != 1]
+        forgetful = [index for index in self._blocks if layers[index].get_seq_length() != 1]
         if forgetful:
             raise UnsupportedModelError(
                 f"the blocks {', '.join(map(str, forgetful))} keep no keys and values of their own, "
                 "so they cannot be served apart from others"
             )
-        self.cache_bytes_per_token = sum(layer.size_bytes // layer.capacity for layer in cache.held)
+        self._layer_shapes = {index: _layer_shape(layers[index]) for index in self._blocks}
+        self.cache_bytes_per_token = sum(shape.size_bytes for shape in self._layer_shapes.values())
+
+
+def _layer_shape(layer: CacheLayerMixin) -> LayerShape:
+    """What a layer of transformers' own cache has kept."""
+    keys, values = (
+        StateShape(states.shape[1], states.shape[3], states.dtype)
+        for states in (layer.keys, layer.values)
+        if states is not None
+    )
+    return LayerShape(keys, values)
 
 
 def load_span(

@@ -7,6 +7,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel, load_span
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pswarm.checkpoint.local_model import load_local_model
@@ -128,7 +129,7 @@ def test_cache_memory_is_known_before_it_is_taken(span: SpanModel) -> None:
 
     # keys and values x 3 layers x 2 heads x 16 x 4 bytes
     assert span.cache_bytes_per_token == 2 * 3 * 2 * 16 * 4
-    assert cache.size_bytes == cache.held[0].capacity * span.cache_bytes_per_token
+    assert cache.size_bytes == PAGE_TOKENS * span.cache_bytes_per_token == cache.pool.page_bytes
 
 
 def test_blocks_that_the_model_does_not_have_are_named(checkpoint: Checkpoint) -> None:

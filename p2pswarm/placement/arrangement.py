@@ -1,0 +1,96 @@
+"""Which server holds which blocks, on paper: the moves that would serve the swarm's worst blocks better.
+
+Servers are lists of numbers here. Throughputs are whole numbers, so that sums are exact, the same on all machines and
+in whatever order; that is what makes comparisons of arrangements a true order, and the search end.
+
+An arrangement is better than another if its worst block is served better; where those are equal, if its second worst
+is, and so on (leximin). Moves that go from each arrangement to a better one never lower the minimum, cannot go in
+circles, and still make progress where there are several worst blocks far apart, which no single move can all help.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from p2pswarm.core.span import Span
+from p2pswarm.placement.windows import worst_window
+
+MAX_ROUNDS = 20
+"""Over all servers. A few are enough; a bound on what a check may cost."""
+
+Whole = NDArray[np.int64]
+
+
+class Arrangement:
+    """Spans that can be changed, and the blocks' throughputs that follow."""
+
+    def __init__(self, num_model_blocks: int, spans: Sequence[Span], throughputs: Sequence[int]) -> None:
+        self.spans = list(spans)
+        self._throughputs = throughputs
+        self._blocks: Whole = np.zeros(num_model_blocks, np.int64)
+        for index, span in enumerate(spans):
+            self._blocks[span.start : span.end] += throughputs[index]
+
+    @property
+    def minimum(self) -> int:
+        """The throughput of the worst-served block."""
+        return int(self._blocks.min())
+
+    @property
+    def upper_bound(self) -> float:
+        """What the minimum cannot exceed, however the servers are arranged: the average over the blocks."""
+        return float(self._blocks.mean())
+
+    def copy(self) -> "Arrangement":
+        return Arrangement(len(self._blocks), self.spans, self._throughputs)
+
+    def move(self, index: int, span: Span) -> None:
+        """Lets the server of that index hold other blocks."""
+        self._blocks = self._after_move(index, span)
+        self.spans[index] = span
+
+    def is_better_after(self, index: int, span: Span) -> bool:
+        """Whether the arrangement with that server there is better than this one."""
+        before, after = np.sort(self._blocks), np.sort(self._after_move(index, span))
+        differing = np.flatnonzero(before != after)
+        return len(differing) > 0 and bool(after[differing[0]] > before[differing[0]])
+
+    def improve(self, movable: Sequence[int]) -> None:
+        """Moves one of the `movable` servers after the other as long as that makes it better."""
+        for _ in range(MAX_ROUNDS):
+            has_moved = False
+            for index in self._least_needed_first(movable):
+                span = self._worst_served(index)
+                if span != self.spans[index] and self.is_better_after(index, span):
+                    self.move(index, span)
+                    has_moved = True
+            if not has_moved:
+                return
+
+    def move_back_the_needless(self, before: "Arrangement") -> None:
+        """Leaves the servers where they were `before` whose move does not raise the minimum."""
+        wanted = self.minimum
+        for index, span in enumerate(before.spans):
+            if span != self.spans[index] and self._after_move(index, span).min() >= wanted:
+                self.move(index, span)
+
+    def _after_move(self, index: int, span: Span) -> Whole:
+        blocks = self._without(index)
+        blocks[span.start : span.end] += self._throughputs[index]
+        return blocks
+
+    def _without(self, index: int) -> Whole:
+        blocks = self._blocks.copy()
+        blocks[self.spans[index].start : self.spans[index].end] -= self._throughputs[index]
+        return blocks
+
+    def _worst_served(self, index: int) -> Span:
+        """The blocks that the server would take if it came now."""
+        num_blocks = self.spans[index].num_blocks
+        start = worst_window(self._without(index), num_blocks)
+        return Span(start, start + num_blocks)
+
+    def _least_needed_first(self, movable: Sequence[int]) -> list[int]:
+        """Those first whose worst-served block is served best: they cost least when they leave."""
+        return sorted(movable, key=lambda index: -self._blocks[self.spans[index].start : self.spans[index].end].min())

@@ -5,16 +5,26 @@ torch's kernels for it are slow or missing), bfloat16 becomes float16 on MPS (Ap
 bfloat16 on a CPU: half the memory to read a token, and the bits that the checkpoint has.
 """
 
+import platform
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
 
+from p2pswarm.core.byte_sizes import format_byte_size
 from p2pswarm.core.errors import ConfigError
+from swarmd.free_memory import available_memory_bytes
 
 DTYPE_OF_NAME = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAME_OF_DTYPE = {dtype: name for name, dtype in DTYPE_OF_NAME.items()}
 DEVICE_KINDS = ("cuda", "mps", "cpu")
+
+SPARE_SHARES = {"cuda": 0.05, "mps": 0.25, "cpu": 0.2}
+"""Of the free memory, not taken for what a server holds: torch's own buffers and fragments; elsewhere also the page
+cache and the machine's other work, MPS's with a screen to draw."""
+CPU_MODEL_LINE = "model name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +37,8 @@ class DtypeChoice:
 def find_device(wanted: str = "auto") -> torch.device:
     """The device asked for, or the best one there is: CUDA, then MPS, then the CPU. Raises `ConfigError`."""
     there = [kind for kind in DEVICE_KINDS if _has(kind)]
+    if wanted in ("auto", "cuda") and there[0] == "cuda":
+        return torch.device("cuda", roomiest([torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]))
     if wanted == "auto":
         return torch.device(there[0])
     try:
@@ -38,6 +50,20 @@ def find_device(wanted: str = "auto") -> torch.device:
     if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
         raise ConfigError(f"device: this machine has {torch.cuda.device_count()} CUDA devices, got {wanted!r}")
     return device
+
+
+def note_on_other_devices(device: torch.device) -> str | None:
+    """What an operator with several GPUs should know: one server computes on one of them."""
+    if device.type != "cuda" or torch.cuda.device_count() == 1:
+        return None
+    free = [format_byte_size(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count())]
+    listed = ", ".join(f"cuda:{index} {amount}" for index, amount in enumerate(free))
+    return f"computing on {device} alone; free are {listed}: start a server for each other device (--device cuda:N)"
+
+
+def roomiest(free_bytes: Sequence[int]) -> int:
+    """Which of several devices has most memory free; the first of equals."""
+    return max(range(len(free_bytes)), key=lambda index: (free_bytes[index], -index))
 
 
 def _has(kind: str) -> bool:
@@ -55,7 +81,8 @@ def choose_dtype(
     """The dtype to compute in. Raises `ConfigError` for what was asked for by name and cannot work."""
     dtype = checkpoint_dtype if wanted == "auto" else DTYPE_OF_NAME[wanted]
     if dtype not in NAME_OF_DTYPE:
-        dtype = torch.float32
+        stored_as = str(dtype).removeprefix("torch.")
+        return DtypeChoice(torch.float32, f"the checkpoint is stored as {stored_as}: computing in float32")
     match device_kind, dtype:
         case "cpu", torch.float16 if wanted == "auto":
             return DtypeChoice(torch.float32)
@@ -75,7 +102,28 @@ def free_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free
-    return psutil.virtual_memory().available
+    return available_memory_bytes()
+
+
+def spare_share(device_kind: str) -> float:
+    """Which part of the free memory a server leaves alone."""
+    return SPARE_SHARES.get(device_kind, SPARE_SHARES["cpu"])
+
+
+def device_name(device: torch.device) -> str:
+    """The make of the device, for people and as part of what a measurement holds for."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {_cpu_model()}"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith(CPU_MODEL_LINE))
+    return next(models, platform.processor() or platform.machine())
 
 
 def set_threads(threads: int | None) -> None:

@@ -5,21 +5,41 @@ transformers, which takes longer than all else: `swarmd/serve.py` does it on tha
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from importlib.metadata import version
 
 import torch
 
-from p2pswarm.blocks.architecture import lay_out
 from p2pswarm.blocks.span_model import SpanModel, load_span
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import ModelId
+from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
-from swarmd.block_choice import num_blocks_that_fit
+from swarmd.block_memory import block_weights_bytes, measure_needs
+from swarmd.compute_speed import measure_compute
 from swarmd.config import ServerConfig
-from swarmd.device import NAME_OF_DTYPE, choose_dtype, find_device, free_memory_bytes, set_threads
-from swarmd.memory import default_cache_tokens
-from swarmd.throughput import Throughput, measure_throughput
+from swarmd.device import (
+    NAME_OF_DTYPE,
+    choose_dtype,
+    device_name,
+    find_device,
+    free_memory_bytes,
+    note_on_other_devices,
+    set_threads,
+    spare_share,
+)
+from swarmd.kv_size import KVSize, kv_tokens
+from swarmd.sizing import BlockCount, check_span_fits, count_blocks
+from swarmd.speed_cache import MeasuredOn, SpeedCache
+from swarmd.throughput import (
+    ASSUMED_LINE_BITS_PER_S,
+    ComputeSpeed,
+    Throughput,
+    ThroughputSetting,
+    ThroughputSource,
+    throughput_of,
+)
 
 UNLIMITED_MAX_LENGTH = 1 << 17
 """For models that name no longest position (ALiBi): what the cache holds is the limit then."""
@@ -33,6 +53,7 @@ class OpenedModel:
     device: torch.device
     dtype: torch.dtype
     warning: str | None
+    quantization: Quantization = Quantization.NONE
 
     @cached_property
     def model_id(self) -> ModelId:
@@ -46,11 +67,10 @@ class OpenedModel:
     def dtype_name(self) -> str:
         return NAME_OF_DTYPE[self.dtype]
 
-    def num_blocks_that_fit(self) -> int:
-        """How many blocks this device could hold beside a cache."""
-        blocks = lay_out(self.checkpoint.config, self.dtype).blocks
-        total_bytes = sum(weight.numel() * self.dtype.itemsize for weight in blocks.parameters())
-        return num_blocks_that_fit(free_memory_bytes(self.device), total_bytes // len(blocks), len(blocks))
+    def count_blocks(self, kv_size: KVSize | None) -> BlockCount:
+        """How many blocks this device can hold beside their KV cache. Raises `ConfigError` where not even one."""
+        needs = measure_needs(self.checkpoint.config, self.dtype, self.quantization)
+        return count_blocks(needs, free_memory_bytes(self.device), spare_share(self.device.type), kv_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +78,10 @@ class LoadedSpan:
     """A span that is ready to compute."""
 
     model: SpanModel
+    speed: ComputeSpeed
     throughput: Throughput
+    stated_tokens_per_s: float | None
+    """What the operator wants announced for the server as a whole."""
     cache_tokens: int
     max_length: int
 
@@ -70,20 +93,45 @@ def open_model(config: ServerConfig) -> OpenedModel:
     checkpoint = open_checkpoint(config.model, revision=config.revision, token=config.token, cache_dir=config.cache_dir)
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     choice = choose_dtype(config.dtype, checkpoint.dtype, device.type, cuda_has_bfloat16=has_bfloat16)
-    opened = OpenedModel(checkpoint, device, choice.dtype, choice.warning)
+    warnings = [warning for warning in (choice.warning, note_on_other_devices(device)) if warning is not None]
+    opened = OpenedModel(checkpoint, device, choice.dtype, "; ".join(warnings) or None)
     if config.blocks is not None and config.blocks.end > opened.num_blocks:
         raise ConfigError(f"{checkpoint.name} has the blocks 0:{opened.num_blocks}, so not --blocks {config.blocks}")
     return opened
 
 
 def load(opened: OpenedModel, span: Span, config: ServerConfig) -> LoadedSpan:
-    """Reads the span's weights and tries them out."""
+    """Reads the span's weights, measures how fast they compute, and divides what memory is left.
+
+    Raises `ConfigError` where the memory is too small, and whatever is wrong with the checkpoint.
+    """
+    weights_bytes = block_weights_bytes(opened.checkpoint.config, opened.dtype, opened.quantization)
+    check_span_fits(weights_bytes, span, free_memory_bytes(opened.device))
     model = load_span(opened.checkpoint, span, dtype=opened.dtype, device=opened.device)
-    throughput = measure_throughput(model)
-    cache_tokens = config.cache_tokens or default_cache_tokens(
-        free_memory_bytes(opened.device), model.cache_bytes_per_token
+    speed = _compute_speed(opened, model, config.throughput)
+    token_bytes = model.dtype.itemsize * model.hidden_size
+    throughput = throughput_of(speed, span.num_blocks, token_bytes, ASSUMED_LINE_BITS_PER_S)
+    cache_tokens = kv_tokens(config.kv_cache, free_memory_bytes(opened.device), model.cache_bytes_per_token)
+    stated_tokens_per_s = None if isinstance(config.throughput, ThroughputSource) else config.throughput
+    max_length = _max_length(opened, config, cache_tokens)
+    return LoadedSpan(model, speed, throughput, stated_tokens_per_s, cache_tokens, max_length)
+
+
+def _compute_speed(opened: OpenedModel, model: SpanModel, source: ThroughputSetting) -> ComputeSpeed:
+    """Measured now or, on this machine with these settings, before."""
+    on = MeasuredOn(
+        model_id=opened.model_id,
+        num_blocks=model.span.num_blocks,
+        device=device_name(opened.device),
+        dtype=opened.dtype_name,
+        quantization=opened.quantization.value,
+        threads=torch.get_num_threads(),
+        versions=f"torch {torch.__version__}, p2pswarm {version('p2pswarm')}",
     )
-    return LoadedSpan(model, throughput, cache_tokens, _max_length(opened, config, cache_tokens))
+    cache = SpeedCache()
+    is_asked_for = source in (ThroughputSource.EVAL, ThroughputSource.DRY_RUN)
+    find = cache.measured_anew if is_asked_for else cache.measured_before
+    return find(on, partial(measure_compute, model))
 
 
 def _max_length(opened: OpenedModel, config: ServerConfig, cache_tokens: int) -> int:

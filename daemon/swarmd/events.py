@@ -11,6 +11,7 @@ from typing import Any, Protocol, TextIO
 
 from p2pswarm.core.byte_sizes import format_byte_size
 from p2pswarm.core.clock import Clock
+from swarmd.throughput import MEASURED_ROWS
 
 
 class Events(Protocol):
@@ -80,6 +81,25 @@ def _sized(fields: Mapping[str, Any]) -> str:
     )
 
 
+def _measured(fields: Mapping[str, Any]) -> str:
+    where = f"{fields['dtype']}, quantization {fields['quantization']}, {fields['threads']} threads, {fields['device']}"
+    rows = [
+        ("decode, 1 session", fields["decode_s"], 1),
+        (f"decode, {MEASURED_ROWS} sessions", fields["batched_decode_s"], MEASURED_ROWS),
+        ("a prompt, by token", fields["prefill_token_s"], 1),
+    ]
+    table = [f"  {what:20} {1e3 * took_s:9.2f} ms {tokens / took_s:10.1f} tokens/s" for what, took_s, tokens in rows]
+    return "\n".join(
+        [
+            f"blocks {fields['blocks']} of {fields['model']} ({where}):",
+            *table,
+            f"  would be announced   {fields['throughput_tokens_per_s']:23.1f} tokens/s, over a line of "
+            f"{fields['line_bits_per_s'] / 1e6:g} Mbit/s (assumed)",
+            f"  room for {fields['cache_tokens']} tokens of KV cache",
+        ]
+    )
+
+
 def _swarm_lost(fields: Mapping[str, Any]) -> str:
     return "no other node of the swarm answers any more: asking again until one does"
 
@@ -89,6 +109,7 @@ SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "joined": lambda fields: f"joined the swarm: {fields['num_peers']} nodes known",
     "join_failed": lambda fields: f"none of the given peers answers yet: {fields['message']}",
     "sized": _sized,
+    "measured": _measured,
     "loading": lambda fields: f"loading {fields['model']}: blocks {fields['blocks']}, {fields['dtype']}",
     "ready": _ready,
     "swarm_lost": _swarm_lost,

@@ -19,11 +19,13 @@ from p2pswarm.core.clock import SystemClock
 from p2pswarm.core.errors import ConfigError, SwarmingError
 from swarmd.bootstrap import run_bootstrap
 from swarmd.config import NodeConfig, ServerConfig, read_config
+from swarmd.dry_run import dry_run
 from swarmd.events import Events, JsonEvents, PlainEvents
 from swarmd.identity_file import held_identity
 from swarmd.listen import listen_addresses
 from swarmd.serve import serve
-from swarmd.stopping import stop_when_told
+from swarmd.stopping import stop_when_told, unless
+from swarmd.throughput import ThroughputSource
 
 EXIT_FINE = 0
 EXIT_FAILED = 1
@@ -38,6 +40,9 @@ def start(flags: Mapping[str, object], config_path: Path | None, started_unix_s:
     """Serves blocks of a model until told to stop; the exit code. The program was started at `started_unix_s`."""
 
     async def node(config: ServerConfig, identity_path: Path, events: Events, stop: trio.Event) -> None:
+        if config.throughput is ThroughputSource.DRY_RUN:
+            await unless(stop, partial(trio.to_thread.run_sync, dry_run, config, events, abandon_on_cancel=True))
+            return
         await serve(
             config, identity_path, events, stop, clock=SystemClock(), random=Random(), started_unix_s=started_unix_s
         )

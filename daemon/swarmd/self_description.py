@@ -10,6 +10,7 @@ from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.dht.node import DhtNode
 from p2pswarm.net.network import Network
+from p2pswarm.placement.throughput import server_throughput
 from p2pswarm.wire.messages import InfoReply
 from swarmd.config import ServerConfig
 from swarmd.figures import Figures
@@ -47,7 +48,13 @@ def online_info(info: ServerInfo, loaded: "LoadedSpan") -> ServerInfo:
     return replace(
         info,
         state=ServerState.ONLINE,
-        throughput_tokens_per_s=throughput.of_server(info.span.num_blocks),
+        throughput_tokens_per_s=loaded.stated_tokens_per_s
+        or server_throughput(
+            info.span.num_blocks,
+            throughput.forward_tokens_per_s,
+            throughput.network_tokens_per_s,
+            using_relay=info.using_relay,
+        ),
         inference_tokens_per_s=throughput.inference_tokens_per_s,
         forward_tokens_per_s=throughput.forward_tokens_per_s,
         network_tokens_per_s=throughput.network_tokens_per_s,

@@ -2,8 +2,8 @@
 give it.
 
 `open_checkpoint` takes a local Hugging Face folder, a `.gguf` file or a hub id. Only safetensors are read; a GGUF is
-converted (`gguf_store.py`), a pickle refused. Which tensors make up a span is not known here: `blocks/` asks for what
-it needs.
+converted (`gguf_store.py`), a hub's file fetched by parts (`hub_store.py`), a pickle refused. Which tensors make up a
+span is not known here: `blocks/` asks for what it needs.
 """
 
 import re
@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from p2pswarm.checkpoint.fingerprint import HashProgress, file_sha256, fingerprint
+from p2pswarm.checkpoint.cache_directory import cache_directory
+from p2pswarm.checkpoint.fingerprint import file_sha256, fingerprint
 from p2pswarm.checkpoint.gguf_store import GgufStore
 from p2pswarm.checkpoint.hub import HubModel
+from p2pswarm.checkpoint.hub_store import HubStore
 from p2pswarm.checkpoint.local_folder import CONFIG_NAME, GENERATION_CONFIG_NAME, read_config_json, weight_files
+from p2pswarm.checkpoint.progress import Progress, ProgressListener
 from p2pswarm.checkpoint.safetensors_store import SafetensorsStore, TensorStore
+from p2pswarm.checkpoint.weight_cache import WeightCache
 from p2pswarm.core.errors import CheckpointError, UnsupportedModelError
 from p2pswarm.core.ids import ModelId
 
@@ -91,6 +95,13 @@ class Checkpoint:
         """
         return self._store.read(names)
 
+    def release(self) -> None:
+        """Lets go of what was read so far, so that others may remove it from the weight cache when they need room.
+
+        Tensors stay valid, and more may be read.
+        """
+        self._store.release()
+
     def tokenizer(self) -> "PreTrainedTokenizerBase":
         from transformers import AutoTokenizer
 
@@ -109,31 +120,40 @@ class Checkpoint:
         return GenerationConfig.from_pretrained(self._config_folder)
 
 
+def _not_told(progress: Progress) -> None:
+    pass
+
+
 def open_checkpoint(
     model: str,
     *,
     revision: str | None = None,
     token: str | None = None,
     cache_dir: Path | None = None,
-    hash_progress: HashProgress | None = None,
+    max_disk_bytes: int | None = None,
+    listener: ProgressListener = _not_told,
 ) -> Checkpoint:
     """The checkpoint named by a local folder, a `.gguf` file or a hub id.
 
-    `revision`, `token` and `cache_dir` are for the hub only. Raises `CheckpointError` or `UnsupportedModelError`.
+    `revision` and `token` are for the hub only. What is downloaded or converted is kept in `cache_dir` (None: where the
+    user's caches are), weights up to `max_disk_bytes` in all, and always so that some of the disk stays free.
+    Raises `CheckpointError`, `UnsupportedModelError`, or `ConfigError` where there is no room.
     """
     path = Path(model).expanduser()
-    if path.suffix == ".gguf":
-        return _open_gguf(path, hash_progress)
     if path.is_dir():
-        return _open_folder(path, hash_progress)
+        return _open_folder(path, listener)
+    weights = (cache_dir or cache_directory()) / "weights"
+    cache = WeightCache(weights, max_disk_bytes, listener=listener)
+    if path.suffix == ".gguf":
+        return _open_gguf(path, cache, listener)
     if path.exists():
         raise CheckpointError(f"{model} is a file but no .gguf; a MODEL is a folder, a .gguf file or a hub id")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model) or model.startswith("."):
         raise CheckpointError(f"there is no folder {model}, and it cannot be a hub id")
-    return _open_hub(HubModel(model, revision=revision, token=token, cache_dir=cache_dir))
+    return _open_hub(HubModel(model, revision=revision, token=token, cache_dir=cache_dir), cache, listener)
 
 
-def _open_folder(folder: Path, progress: HashProgress | None) -> Checkpoint:
+def _open_folder(folder: Path, listener: ProgressListener) -> Checkpoint:
     raw_config = read_config_json(folder / CONFIG_NAME)
     file_of = weight_files(folder)
     snapshot = HUB_SNAPSHOT.search(folder.resolve().as_posix())
@@ -142,19 +162,19 @@ def _open_folder(folder: Path, progress: HashProgress | None) -> Checkpoint:
         SafetensorsStore(file_of, lambda file_name: folder / file_name),
         config_folder=folder,
         raw_config=raw_config,
-        weight_hashes=lambda: {name: file_sha256(folder / name, progress) for name in sorted(set(file_of.values()))},
+        weight_hashes=lambda: {name: file_sha256(folder / name, listener) for name in sorted(set(file_of.values()))},
         tokenizer_folder=lambda: folder,
     )
 
 
-def _open_gguf(path: Path, progress: HashProgress | None) -> Checkpoint:
+def _open_gguf(path: Path, cache: WeightCache, listener: ProgressListener) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"there is no file {path}")
     with path.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF")
-    sha256 = file_sha256(path, progress)
-    store = GgufStore(path, sha256)
+    sha256 = file_sha256(path, listener)
+    store = GgufStore(path, sha256, cache, listener)
     return Checkpoint(
         path.stem,
         store,
@@ -165,12 +185,12 @@ def _open_gguf(path: Path, progress: HashProgress | None) -> Checkpoint:
     )
 
 
-def _open_hub(hub: HubModel) -> Checkpoint:
+def _open_hub(hub: HubModel, cache: WeightCache, listener: ProgressListener) -> Checkpoint:
     config_folder = hub.config_folder()
     raw_config = read_config_json(config_folder / CONFIG_NAME)
     return Checkpoint(
         hub.name.split("/")[-1],
-        SafetensorsStore(hub.weight_files(), hub.fetch),
+        HubStore(hub, cache, listener),
         config_folder=config_folder,
         raw_config=raw_config,
         weight_hashes=hub.weight_hashes,

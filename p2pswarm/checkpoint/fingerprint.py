@@ -7,20 +7,18 @@ path, size, time of change and inode.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from p2pswarm.checkpoint.cache_directory import cache_directory, write_atomically
+from p2pswarm.checkpoint.progress import Progress, ProgressListener, Work
 
 FINGERPRINT_HEX_DIGITS = 16
 HASH_CHUNK_BYTES = 1 << 22
 """4 MiB: large enough that Python's share of hashing is nothing."""
 CONFIG_KEYS_WITHOUT_MEANING = frozenset({"_name_or_path", "transformers_version"})
 """They change when a folder is copied or saved again, while the model stays the same."""
-
-HashProgress = Callable[[str, int, int], None]
-"""Told the file's name, the bytes hashed so far, and the file's size."""
 
 
 def fingerprint(config: Mapping[str, Any] | None, weight_hashes: Mapping[str, str]) -> str:
@@ -35,7 +33,7 @@ def fingerprint(config: Mapping[str, Any] | None, weight_hashes: Mapping[str, st
     return digest.hexdigest()[:FINGERPRINT_HEX_DIGITS]
 
 
-def file_sha256(path: Path, progress: HashProgress | None = None) -> str:
+def file_sha256(path: Path, listener: ProgressListener | None = None) -> str:
     """The sha256 of a file in hex, remembered until the file changes."""
     real = path.resolve()
     status = real.stat()
@@ -49,8 +47,8 @@ def file_sha256(path: Path, progress: HashProgress | None = None) -> str:
         while chunk := file.read(HASH_CHUNK_BYTES):
             digest.update(chunk)
             done_bytes += len(chunk)
-            if progress is not None:
-                progress(path.name, done_bytes, status.st_size)
+            if listener is not None:
+                listener(Progress(Work.HASHING, path.name, done_bytes, status.st_size))
     text = digest.hexdigest()
     write_atomically(memory, lambda temporary: temporary.write_text(text))
     return text

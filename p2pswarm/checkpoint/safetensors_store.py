@@ -25,6 +25,10 @@ class TensorStore(Protocol):
         """The named tensors as stored, on the CPU, not to be written to. Raises `CheckpointError`."""
         ...
 
+    def release(self) -> None:
+        """Holds nothing open any more. Tensors that were read stay valid; more may be read."""
+        ...
+
 
 class SafetensorsStore:
     """Tensors of one or several safetensors files.
@@ -53,6 +57,9 @@ class SafetensorsStore:
             except SafetensorError as error:
                 raise CheckpointError(f"cannot read the tensor {name} from {file_name}: {error}") from error
         return tensors
+
+    def release(self) -> None:
+        self._open_files.clear()
 
     def _file(self, file_name: str) -> Any:
         if file_name not in self._open_files:

@@ -78,7 +78,7 @@ def file(tmp_path: Path) -> Path:
 
 
 def converted_groups(cache: Path) -> set[str]:
-    return {path.stem for path in cache.glob("gguf/*/*.safetensors")}
+    return {path.stem for path in cache.glob("weights/gguf/*/*.safetensors")}
 
 
 def test_tensors_equal_those_that_transformers_loads(file: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_tokenizer_comes_from_the_file(file: Path, own_cache: Path) -> None:
     tokenizer = open_checkpoint(str(file)).tokenizer()
 
     assert tokenizer.convert_tokens_to_ids("w7") == WORDS.index("w7")
-    (folder,) = own_cache.glob("gguf/*")
+    (folder,) = own_cache.glob("weights/gguf/*")
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
     assert (folder / "tokenizer.json").exists()
 

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from p2pswarm.blocks.span_model import load_span
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.checkpoint.fingerprint import file_sha256
+from p2pswarm.checkpoint.progress import Progress, Work
 from p2pswarm.core.errors import CheckpointError, ConfigError, UnsupportedModelError
 from p2pswarm.core.span import Span
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint, save_tiny_tokenizer
@@ -148,15 +149,15 @@ def test_a_changed_config_changes_the_id(folder: Path) -> None:
 def test_a_file_is_hashed_once_until_it_changes(tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(b"abc")
-    progress: list[tuple[str, int, int]] = []
+    told: list[Progress] = []
 
-    hashes = [file_sha256(file, lambda *step: progress.append(step)) for _ in range(2)]
+    hashes = [file_sha256(file, told.append) for _ in range(2)]
     file.write_bytes(b"abcd")
-    changed = file_sha256(file, lambda *step: progress.append(step))
+    changed = file_sha256(file, told.append)
 
     assert hashes == ["ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"] * 2
     assert changed == "88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589"
-    assert progress == [("weights", 3, 3), ("weights", 4, 4)]
+    assert told == [Progress(Work.HASHING, "weights", 3, 3), Progress(Work.HASHING, "weights", 4, 4)]
 
 
 def test_a_cache_that_cannot_be_written_to_is_named_with_the_way_out(folder: Path, own_cache: Path) -> None:

@@ -94,12 +94,30 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--prompt-tokens",
         type=_positive,
-        default=512,
         metavar="N",
-        help="for the time to first token; default: %(default)s",
+        help="of the long prompt; default: 512, with --stall 2000",
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     _add_dtype(command)
+    measured = command.add_argument_group(
+        "what is measured", "One of these; without them, one client's speed beside the local model's."
+    )
+    kinds = measured.add_mutually_exclusive_group()
+    kinds.add_argument(
+        "--clients", type=_positives, metavar="N,N,...", help="tokens/s of so many clients together, beside one's"
+    )
+    kinds.add_argument(
+        "--stall", action="store_true", help="one client's times between tokens while another's long prompt is taken"
+    )
+    kinds.add_argument(
+        "--greedy", action="store_true", help="one client's speed while another peer sends forward calls without pause"
+    )
+    kinds.add_argument(
+        "--baseline", choices=("offload",), help="one client's speed beside the same model offloaded to the disk"
+    )
+    measured.add_argument(
+        "--client-processes", action="store_true", help="with --clients: each in a process of its own"
+    )
 
 
 COMMANDS = {
@@ -153,6 +171,10 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"a whole number from 1, not {text}")
     return number
+
+
+def _positives(text: str) -> tuple[int, ...]:
+    return tuple(_positive(number) for number in text.split(","))
 
 
 def _not_negative(text: str) -> float:

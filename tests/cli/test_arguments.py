@@ -36,6 +36,26 @@ def test_mistakes_are_named_and_end_with_status_2(flags, complaint, capsys) -> N
     assert complaint in capsys.readouterr().err
 
 
+def test_benchmark_takes_numbers_of_clients() -> None:
+    assert parse_arguments(["bench", "--clients", "1,2,8"]).clients == (1, 2, 8)
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--clients", "1,0"], "a whole number from 1, not 0"),
+        (["--clients", "1,many"], "invalid"),
+        (["--clients", "2", "--stall"], "not allowed with argument"),
+        (["--baseline", "nothing"], "invalid choice: 'nothing'"),
+    ],
+)
+def test_benchmark_measures_one_thing_at_a_time(flags, complaint, capsys) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(["bench", *flags])
+    assert end.value.code == 2
+    assert complaint in capsys.readouterr().err
+
+
 def processor_s_of_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime

@@ -15,7 +15,6 @@ from p2pswarm.core.span import Span
 from swarm_cli import __main__ as command
 from swarm_cli import sample_model
 from swarm_cli.announced import AnnouncedModel, is_named
-from swarm_cli.bench import Result, as_json, consecutive_tokens
 from swarm_cli.chat import continue_session
 from swarm_cli.local_swarm import split_evenly
 from swarm_cli.report import Timing
@@ -101,12 +100,6 @@ def test_speed_is_of_the_tokens_after_the_first() -> None:
 
 def test_no_route_is_no_words() -> None:
     assert route_in_words(None, {}) == ""
-
-
-def test_benchmark_states_ratios_of_swarm_to_local() -> None:
-    printed = as_json(Result(20.0, 18.0, 1.0, 1.1, 1.25, True))
-    assert (printed["decode_ratio"], printed["first_token_ratio"], printed["is_exact"]) == (0.9, 1.1, True)
-    assert len(consecutive_tokens(512)) == 512
 
 
 @pytest.mark.parametrize(

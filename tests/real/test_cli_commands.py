@@ -235,14 +235,6 @@ def test_demo_whose_servers_fail_shows_why(world: World, tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
-def test_bench_measures_and_compares_tokens(world: World) -> None:
-    flags = ["--rounds", "1", "--new-tokens", "4", "--prompt-tokens", "20", "--servers", "2", "--json"]
-    printed = json.loads(world.swarm("bench", "--model", world.folder, *flags).stdout)
-    assert printed["is_exact"] is True
-    assert len(printed["route"]) == 2
-    assert min(printed["local_tokens_per_s"], printed["swarm_tokens_per_s"], printed["swarm_first_token_s"]) > 0
-
-
 def test_interrupted_generation_ends_with_status_130(world: World) -> None:
     command = [sys.executable, "-m", "swarm_cli", "generate", world.folder, PROMPT, "--peers", world.address]
     with subprocess.Popen(

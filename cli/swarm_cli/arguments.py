@@ -125,7 +125,7 @@ COMMANDS = {
     "status": ("show models, servers, and blocks that nobody serves", _status_flags),
     "route": ("show the chain of servers that would be chosen now, and why", _route_flags),
     "demo": ("start servers on this machine, write some text with them, stop them", _demo_flags),
-    "bench": ("measure a swarm against the local model in the same run", _bench_flags),
+    "bench": ("measure a swarm beside what it is held against, in the same run", _bench_flags),
 }
 
 

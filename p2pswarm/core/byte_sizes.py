@@ -26,7 +26,7 @@ def parse_byte_size(text: str) -> int:
     """The number of bytes; raises `ConfigError` for what is no amount of memory."""
     match = _SIZE.fullmatch(text)
     unit = UNITS.get(match["unit"].lower()) if match else None
-    if match is None or unit is None:
+    if match is None or unit is None or ("." in match["number"] and unit == 1):
         raise ConfigError(f"wanted an amount of memory such as {EXAMPLES}, got {text!r}")
     return int(float(match["number"]) * unit) if "." in match["number"] else int(match["number"]) * unit
 

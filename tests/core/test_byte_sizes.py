@@ -24,7 +24,9 @@ def test_an_amount_of_memory_is_read(text: str, num_bytes: int) -> None:
     assert parse_byte_size(text) == num_bytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "4 gigs", "-1GiB", "1e3", "1.GiB", "4GiB more", "٤GiB", "nan", "4G"])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "4 gigs", "-1GiB", "1e3", "1.GiB", "4GiB more", "٤GiB", "nan", "4G", "1.5", "1.5B"]
+)
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"wanted an amount of memory such as 4GiB, 512MiB or 1\.5GB, got "):
         parse_byte_size(text)

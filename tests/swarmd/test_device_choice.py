@@ -4,7 +4,15 @@ import pytest
 import torch
 
 from p2pswarm.core.errors import ConfigError
-from swarmd.device import DtypeChoice, choose_dtype, find_device, set_threads
+from swarmd.device import (
+    DtypeChoice,
+    choose_dtype,
+    device_name,
+    find_device,
+    note_on_other_devices,
+    roomiest,
+    set_threads,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,7 +23,6 @@ from swarmd.device import DtypeChoice, choose_dtype, find_device, set_threads
         ("auto", torch.float32, "cpu", torch.float32),
         ("auto", torch.bfloat16, "cpu", torch.bfloat16),
         ("auto", torch.float16, "cpu", torch.float32),
-        ("auto", torch.float64, "cpu", torch.float32),
         ("auto", torch.float16, "mps", torch.float16),
         ("float32", torch.bfloat16, "cpu", torch.float32),
         ("bfloat16", torch.float32, "cpu", torch.bfloat16),
@@ -26,6 +33,23 @@ def test_the_dtype_is_the_one_asked_for_or_the_checkpoints(
     wanted: str, checkpoint: torch.dtype, device: str, chosen: torch.dtype
 ) -> None:
     assert choose_dtype(wanted, checkpoint, device) == DtypeChoice(chosen)
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float8_e4m3fn])
+def test_a_dtype_that_nothing_computes_in_becomes_float32_with_a_warning(stored: torch.dtype) -> None:
+    name = str(stored).removeprefix("torch.")
+    warning = f"the checkpoint is stored as {name}: computing in float32"
+    assert choose_dtype("auto", stored, "cpu") == DtypeChoice(torch.float32, warning)
+
+
+def test_of_several_devices_the_one_with_most_free_memory_is_taken() -> None:
+    assert roomiest([3, 22, 8]) == 1
+    assert roomiest([8, 8]) == 0
+
+
+def test_one_cpu_needs_no_note_on_other_devices() -> None:
+    assert note_on_other_devices(torch.device("cpu")) is None
+    assert device_name(torch.device("cpu")).startswith("cpu ")
 
 
 def test_float16_on_a_cpu_is_refused_with_what_to_use() -> None:

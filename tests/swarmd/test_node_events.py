@@ -62,3 +62,53 @@ def test_a_reader_who_has_gone_does_no_harm() -> None:
     events = JsonEvents(BrokenPipe(), StoppedClock())
     events("starting")
     events("stopped")
+
+
+def test_an_operator_reads_how_the_number_of_blocks_was_chosen() -> None:
+    stream = io.StringIO()
+    mib = 1 << 20
+    PlainEvents(stream)(
+        "sized",
+        num_blocks=12,
+        num_model_blocks=30,
+        free_bytes=3174 * mib,
+        spare_bytes=635 * mib,
+        block_bytes=200 * mib,
+        kv_bytes=96 * mib,
+        working_bytes=40 * mib,
+    )
+    assert stream.getvalue() == (
+        "12 of 30 blocks: 3.1 GiB free, 635 MiB of it left to others, 200 MiB a block, 96 MiB kept for the KV cache, "
+        "40 MiB to work in\n"
+    )
+
+
+def test_a_dry_run_shows_a_table() -> None:
+    stream = io.StringIO()
+    PlainEvents(stream)(
+        "measured",
+        model="tiny",
+        blocks="0:10",
+        num_blocks=10,
+        dtype="float32",
+        quantization="none",
+        device="cpu of some make",
+        threads=1,
+        cache_tokens=131072,
+        line_bits_per_s=100e6,
+        decode_s=0.01,
+        batched_decode_s=0.016,
+        prefill_token_s=0.0025,
+        inference_tokens_per_s=1000.0,
+        forward_tokens_per_s=4000.0,
+        network_tokens_per_s=5425.3,
+        throughput_tokens_per_s=727.27,
+    )
+    assert stream.getvalue() == (
+        "blocks 0:10 of tiny (float32, quantization none, 1 threads, cpu of some make):\n"
+        "  decode, 1 session        10.00 ms      100.0 tokens/s\n"
+        "  decode, 8 sessions       16.00 ms      500.0 tokens/s\n"
+        "  a prompt, by token        2.50 ms      400.0 tokens/s\n"
+        "  would be announced                     727.3 tokens/s, over a line of 100 Mbit/s (assumed)\n"
+        "  room for 131072 tokens of KV cache\n"
+    )

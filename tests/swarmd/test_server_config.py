@@ -7,6 +7,7 @@ import pytest
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.span import Span
 from swarmd.config import READERS, NodeConfig, ServerConfig, read_config
+from swarmd.kv_size import KVTokens
 
 PEER = "/ip4/192.0.2.7/tcp/4001/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 
@@ -28,6 +29,14 @@ def test_flags_come_as_text_and_are_read_by_setting() -> None:
     assert config.grace_period_s == 2.5
     assert config.identity == Path.home() / "k"
     assert config.dtype == "auto"
+
+
+@pytest.mark.parametrize("written", ["kv-cache = 16384", "kv-cache = '16384 tokens'"])
+def test_the_file_may_hold_a_size_as_a_number_or_as_text(tmp_path: Path, written: str) -> None:
+    path = write(tmp_path, f"{written}\nthroughput = 250\n")
+    config = read_config(ServerConfig, {"model": "m"}, path)
+    assert config.kv_cache == KVTokens(16384)
+    assert config.throughput == 250.0
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
@@ -67,6 +76,11 @@ def test_a_broken_or_missing_file_is_named(tmp_path: Path) -> None:
         ({"model": "m", "num_blocks": "0"}, "num-blocks: wanted a whole number from 1, got 0"),
         ({"model": "m", "num_blocks": "few"}, "num-blocks: wanted a whole number, got 'few'"),
         ({"model": "m", "threads": "-1"}, "threads: wanted a whole number from 1, got -1"),
+        ({"model": "m", "kv_cache": "much"}, "kv-cache: wanted an amount of memory .* or a share .*, got 'much'"),
+        (
+            {"model": "m", "throughput": "fast"},
+            "throughput: wanted auto, eval, dry-run or tokens per second, got 'fast'",
+        ),
         ({"model": "m", "port": "70000"}, "port: wanted a TCP port"),
         ({"model": "m", "dtype": "int8"}, "dtype: wanted one of auto, float32, bfloat16, float16, got 'int8'"),
         ({"model": "m", "grace_period_s": "soon"}, "grace-period: wanted a number, got 'soon'"),
@@ -85,7 +99,17 @@ def test_what_cannot_work_is_refused_by_name(flags: dict[str, object], complaint
 
 
 @pytest.mark.parametrize(
-    "line", ["port = true", 'port = "x"', "name = 3", "json = 1", "peers = 'one'", "grace-period = true", "blocks = 3"]
+    "line",
+    [
+        "port = true",
+        'port = "x"',
+        "name = 3",
+        "json = 1",
+        "peers = 'one'",
+        "grace-period = true",
+        "blocks = 3",
+        "kv-cache = true",
+    ],
 )
 def test_the_file_must_hold_values_of_the_right_kind(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError, match=f"{line.split(' ')[0]}: wanted "):

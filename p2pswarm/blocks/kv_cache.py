@@ -173,6 +173,7 @@ class SpanCache(Cache):
         """
         self.num_sequences = batch_size
         self.pool = pool
+        self.span = span
         self.held = [PagedLayer(index, windows[index]) for index in range(span.start, span.end)]
         self._tables = PageTables(pool.pages, batch_size, max_length or UNKNOWN_LENGTH_TOKENS)
         self._pool_grows = pool_grows
@@ -240,6 +241,11 @@ class SpanCache(Cache):
             for layer in self.held:
                 layer.place(self.pool.layers[layer.index], self.placement)
             self._placed = placed
+
+    def advance(self, num_tokens: int) -> None:
+        """Notes that so many tokens more, for which there is room, have been written in every layer."""
+        for layer in self.held:
+            layer.length += num_tokens
 
     def crop(self, length: int) -> None:
         """Forgets every token from position `length` on, but keeps their pages for tokens to come."""

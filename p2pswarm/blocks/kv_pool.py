@@ -68,7 +68,7 @@ class KVPool:
         self.num_copied_bytes = 0
         """So far, for rows that moved and beams that parted."""
         self._layer_shapes = dict(layer_shapes)
-        self._device = device
+        self.device = device
         self._copies: list[SlotCopy] = []
         self._allocate()
 
@@ -115,5 +115,5 @@ class KVPool:
         # Not within a step's inference mode: what is made there could not be written outside of it.
         with torch.inference_mode(False):
             self.layers = {
-                index: LayerStore(shape, self.num_tokens, self._device) for index, shape in self._layer_shapes.items()
+                index: LayerStore(shape, self.num_tokens, self.device) for index, shape in self._layer_shapes.items()
             }

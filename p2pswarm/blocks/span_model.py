@@ -8,6 +8,7 @@ found and `stand_ins.py` for what fills the rest.
 """
 
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
-from p2pswarm.blocks.architecture import Layout, lay_out, layer_windows
+from p2pswarm.blocks.architecture import Layout, lay_out, layer_kinds, layer_windows
+from p2pswarm.blocks.batch_attention import Rows, RowsCache, attention_by_rows
 from p2pswarm.blocks.kv_cache import SpanCache, own_pool_pages
 from p2pswarm.blocks.kv_pool import KVPool, LayerShape, StateShape
 from p2pswarm.blocks.lean_modules import make_lean
@@ -38,6 +40,9 @@ MODEL_CODE_FAILURES = (
 )
 """What transformers' code raises when it meets a model in pieces that it cannot run."""
 
+
+TRIED_LENGTHS = (10, 3)
+"""Tokens of the sessions with which batches are tried: as few as show that each keeps its own, at every start."""
 
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block was called with after its hidden states."""
@@ -65,6 +70,16 @@ class PreparedStep:
 
     def is_for(self, cache: SpanCache | None, blocks: Span, position: int, num_tokens: int) -> bool:
         return cache is self.cache and (blocks, position, 1) == (self.blocks, self.position, num_tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class BatchedStep:
+    """One token more for each row of a session."""
+
+    cache: SpanCache
+    hidden_states: torch.Tensor
+    """[rows, 1, hidden]"""
+    position: int
 
 
 class SpanBlock(nn.Module):
@@ -107,7 +122,9 @@ class SpanModel:
         self.device = device
         self._decoder = layout.decoder
         self._accepted = frozenset(inspect.signature(type(self._decoder).forward).parameters)
-        self._windows = layer_windows(layout.model.config)
+        self._config = layout.model.config
+        self._windows = layer_windows(self._config)
+        self._has_chunks = "chunked_attention" in layer_kinds(self._config)
         self._passage = _Passage(span)
         self._layer_shapes: dict[int, LayerShape] = {}
         self._blocks = {index: layout.blocks[index] for index in range(span.start, span.end)}
@@ -119,6 +136,8 @@ class SpanModel:
         make_lean(self._decoder)
         self._can_prepare = True  # until it is tried
         self._can_prepare = self._prepares_exactly()
+        self.can_batch = self._batches_exactly()
+        """Whether `run_batch` gives what `run` gives, but for rounding."""
 
     def new_pool(self, num_pages: int) -> KVPool:
         """Memory for the keys and values of many sessions; on a CPU it becomes resident as it is used."""
@@ -199,6 +218,38 @@ class SpanModel:
                 cache.crop(min(position, cache.length))
             raise
 
+    @torch.inference_mode()
+    def run_batch(self, steps: Sequence[BatchedStep]) -> list[torch.Tensor]:
+        """What `run` returns for each of the steps, but for rounding, in one pass through the weights.
+
+        The caches are of different sessions, without padding, over the same blocks and the same pool. On an exception
+        each holds the tokens before its position. Only where `can_batch`.
+        """
+        pool, span = steps[0].cache.pool, steps[0].cache.span
+        for step in steps:
+            self._check_batched(step, pool, span)
+            step.cache.make_room(step.position, 1)
+        pool.carry_out()
+        states = torch.cat([step.hidden_states.to(device=self.device, dtype=self.dtype) for step in steps])
+        counts = [step.cache.num_sequences for step in steps]
+        positions = [step.position for step in steps for _ in range(step.cache.num_sequences)]
+        rows = Rows(pool, [step.cache for step in steps], [step.position for step in steps])
+        cache = RowsCache(rows, pool, span, self._windows)
+        arguments = {"position_ids": torch.tensor(positions, device=self.device)[:, None]}
+        accepted = {name: value for name, value in arguments.items() if name in self._accepted}
+        with attention_by_rows(self._config):
+            output = self._run_decoder(states, cache, span, accepted)
+        for step in steps:
+            step.cache.advance(1)
+        return list(torch.split(output, counts))
+
+    def _check_batched(self, step: BatchedStep, pool: KVPool, span: Span) -> None:
+        if step.cache.pool is not pool or step.cache.span != span:
+            raise ValueError(f"the steps of a batch go through one span and one pool, not {span} and {step.cache.span}")
+        wanted = [step.cache.num_sequences, 1, self.hidden_size]
+        if list(step.hidden_states.shape) != wanted:
+            raise ValueError(f"a step of a batch has the shape {wanted}, not {list(step.hidden_states.shape)}")
+
     def _run_decoder(
         self, states: torch.Tensor, cache: Cache | None, blocks: Span, arguments: dict[str, Any]
     ) -> torch.Tensor:
@@ -235,6 +286,32 @@ class SpanModel:
             return torch.equal(self.run(second, cache, position=1, prepared=prepared), expected)
         except MODEL_CODE_FAILURES:
             return False
+
+    def _batches_exactly(self) -> bool:
+        """Tries two sessions of different lengths apart and together.
+
+        What a chunked layer sees is not the last so many tokens, which a trial as short as this would not show.
+        """
+        if self._has_chunks:
+            return False
+        generator = torch.Generator().manual_seed(0)
+        pool = self.new_pool(len(TRIED_LENGTHS))
+        try:
+            steps = []
+            for length in TRIED_LENGTHS:
+                states = torch.randn(1, length + 1, self.hidden_size, generator=generator)
+                cache = self.new_cache(1, pool=pool)
+                self.run(states[:, :length], cache, position=0)
+                steps.append(BatchedStep(cache, states[:, length:], length))
+            apart = [self.run(step.hidden_states, step.cache, position=step.position) for step in steps]
+            together = self.run_batch(steps)
+        except MODEL_CODE_FAILURES:
+            return False
+        tolerance = torch.finfo(self.dtype).eps ** 0.5
+        return all(
+            torch.dist(got, expected) <= tolerance * torch.dist(expected, step.hidden_states.to(expected))
+            for step, expected, got in zip(steps, apart, together, strict=True)
+        )
 
     @torch.inference_mode()
     def _try_out(self) -> None:

@@ -1,0 +1,162 @@
+"""Attention for one token each of many sessions, whose keys and values lie in different places of one pool.
+
+The linear layers of a model see one batch; between them each row attends to its own tokens alone, by the very function
+that the model uses for a single session. For that a `RowsCache` hands the model, in place of tensors, lists with one
+tensor a row, and `attend_by_rows`, registered with transformers under a name of its own, takes them up. A model that
+does anything else with its keys in between fails on the lists, which shows as soon as it is tried.
+
+Since a row's tensors hold what its token may see and nothing else, no mask is needed: transformers makes none for
+attention that has no mask function.
+"""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from p2pswarm.blocks.kv_cache import SpanCache
+from p2pswarm.blocks.kv_pool import KVPool, LayerStore
+from p2pswarm.core.span import Span
+
+Attend = Callable[..., tuple[torch.Tensor, Any]]
+
+PREFIX = "rows_by_"
+"""Before the name of the implementation that attends for each row."""
+
+
+class Rows:
+    """Where the rows of some sessions lie in their pool, and how long they are once their new tokens are in."""
+
+    def __init__(self, pool: KVPool, caches: Sequence[SpanCache], positions: Sequence[int]) -> None:
+        """Room must have been made in each cache for one token at its position."""
+        self._placed = [
+            (cache.placement, row, position)
+            for cache, position in zip(caches, positions, strict=True)
+            for row in range(cache.num_sequences)
+        ]
+        self.longest = max(positions)
+        slots = [placement.slot(row, position) for placement, row, position in self._placed]
+        self._device = pool.device
+        self.new_slots = torch.tensor(slots, device=pool.device)
+        """[rows]: where the new tokens go."""
+        self._visible: dict[int | None, list[tuple[int, int] | torch.Tensor]] = {}
+
+    def visible(self, window: int | None) -> list[tuple[int, int] | torch.Tensor]:
+        """For each row what the new token may see: first slot and number of slots, or the slots of a row in pieces."""
+        if window not in self._visible:
+            self._visible[window] = [self._visible_in_row(*placed, window) for placed in self._placed]
+        return self._visible[window]
+
+    def _visible_in_row(
+        self, placement: Any, row: int, position: int, window: int | None
+    ) -> tuple[int, int] | torch.Tensor:
+        start = 0 if window is None else max(position + 1 - window, 0)
+        first_slot = placement.first_slots[row]
+        if first_slot is not None:
+            return first_slot + start, position + 1 - start
+        slots: torch.Tensor = placement.slots_of_row(row, start, position + 1)
+        return slots.to(self._device)
+
+
+class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """One layer's keys and values of all rows."""
+
+    def __init__(self, rows: Rows, store: LayerStore, window: int | None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._rows = rows
+        self._store = store
+        self.window = window
+        self.is_sliding = window is not None
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing is left to do: the pool has the memory."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **named_arguments: Any
+    ) -> tuple[Any, Any]:
+        """Writes one token a row; returns lists with a tensor `[1, heads, tokens, head size]` a row."""
+        return self._written(self._store.keys, key_states), self._written(self._store.values, value_states)
+
+    def _written(self, stored: torch.Tensor, states: torch.Tensor) -> list[torch.Tensor]:
+        stored.index_copy_(1, self._rows.new_slots, states.squeeze(2).transpose(0, 1))
+        batched = stored[None]
+        return [
+            stored[:, visible][None] if isinstance(visible, torch.Tensor) else batched.narrow(2, *visible)
+            for visible in self._rows.visible(self.window)
+        ]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._rows.longest + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._rows.longest
+
+    def get_max_length(self) -> int:
+        return -1
+
+
+class RowsCache(Cache):
+    """What a model is given for a cache while it runs one token each of several sessions."""
+
+    def __init__(self, rows: Rows, pool: KVPool, span: Span, windows: Sequence[int | None]) -> None:
+        held = [RowsLayer(rows, pool.layers[index], windows[index]) for index in range(span.start, span.end)]
+        elsewhere = {layer.window: layer for layer in reversed(held)}
+        super().__init__(
+            layers=[
+                held[index - span.start] if span.covers(index) else elsewhere.get(window, held[0])
+                for index, window in enumerate(windows)
+            ]
+        )
+
+
+@contextmanager
+def attention_by_rows(config: Any) -> Iterator[None]:
+    """While it lasts, models of this config attend row by row."""
+    implementation = config._attn_implementation
+    name = f"{PREFIX}{implementation}"
+    AttentionInterface.register(name, functools.partial(attend_by_rows, implementation))
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = implementation
+
+
+def attend_by_rows(
+    implementation: str,
+    module: nn.Module,
+    query: torch.Tensor,
+    keys: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    **named: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query: [rows, heads, 1, head size]`, one tensor of keys and one of values a row; gives `[rows, 1, heads, _]`."""
+    if not isinstance(keys, list) or attention_mask is not None:
+        raise TypeError("the model does not hand its keys, or no mask, to attention as it got them")
+    attend = _attend(implementation, type(module))  # type: ignore[arg-type]
+    outputs = [
+        attend(module, row, row_keys, row_values, None, **named)[0]
+        for row, row_keys, row_values in zip(torch.split(query, 1), keys, values, strict=True)
+    ]
+    return torch.cat(outputs), None
+
+
+@functools.cache
+def _attend(implementation: str, module_class: type[nn.Module]) -> Attend:
+    """The function that modules of this class use under that name; `eager` is each modelling file's own."""
+    if implementation != "eager":
+        return ALL_ATTENTION_FUNCTIONS[implementation]  # type: ignore[no-any-return]
+    for each in module_class.__mro__:
+        eager = getattr(sys.modules.get(each.__module__), "eager_attention_forward", None)
+        if eager is not None:
+            return eager  # type: ignore[no-any-return]
+    raise NotImplementedError(f"no eager attention is known for a {module_class.__name__}")

@@ -80,7 +80,12 @@ def _add_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     source = start.add_argument_group("where the model comes from")
     source.add_argument("--revision", help="branch, tag or commit on the hub")
     source.add_argument("--token", help="for gated models of the hub (better: the HF_TOKEN variable)")
-    source.add_argument("--cache-dir", metavar="DIR", help="of downloads from the hub")
+    source.add_argument("--cache-dir", metavar="DIR", help="of downloaded and converted weights")
+    source.add_argument(
+        "--max-disk-space",
+        metavar="SIZE",
+        help="that they may take, such as 50GiB (default: no limit, but 1 GiB of the disk stays free)",
+    )
     start.add_argument(
         "--grace-period",
         metavar="S",

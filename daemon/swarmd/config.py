@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from p2pswarm.core.byte_sizes import parse_byte_size
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.span import Span
 from p2pswarm.net.addresses import parse_tcp_address, split_peer_address
@@ -73,6 +74,8 @@ class ServerConfig(NodeConfig):
     token: str | None = field(default=None, repr=False)
     """For gated models of the hub."""
     cache_dir: Path | None = None
+    max_disk_space: int | None = None
+    """Bytes of weights that the cache may hold; None: whatever the disk has, but for the last GiB."""
     max_length: int | None = None
     """Longest session accepted, in tokens; None: what the model was made for, if the KV cache holds it."""
     kv_cache: KVSize | None = None
@@ -193,6 +196,10 @@ def _kv_size(name: str, value: object) -> KVSize:
     return parse_kv_size(_text_or_number(name, value))
 
 
+def _byte_size(name: str, value: object) -> int:
+    return parse_byte_size(_text_or_number(name, value))
+
+
 def _throughput(name: str, value: object) -> ThroughputSetting:
     return parse_throughput(_text_or_number(name, value))
 
@@ -225,6 +232,7 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "revision": _text,
     "token": _text,
     "cache_dir": _path,
+    "max_disk_space": _byte_size,
     "max_length": _whole_number,
     "kv_cache": _kv_size,
     "throughput": _throughput,

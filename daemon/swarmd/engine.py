@@ -12,6 +12,7 @@ import torch
 
 from p2pswarm.blocks.span_model import SpanModel, load_span
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from p2pswarm.checkpoint.progress import ProgressListener
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import ModelId
 from p2pswarm.core.quantization import Quantization
@@ -86,11 +87,21 @@ class LoadedSpan:
     max_length: int
 
 
-def open_model(config: ServerConfig) -> OpenedModel:
-    """Finds device and checkpoint. Raises `ConfigError`, `CheckpointError`, `UnsupportedModelError`."""
+def open_model(config: ServerConfig, listener: ProgressListener = lambda progress: None) -> OpenedModel:
+    """Finds device and checkpoint. Raises `ConfigError`, `CheckpointError`, `UnsupportedModelError`.
+
+    `listener` is told, now and later in this thread, what is downloaded, converted or hashed.
+    """
     set_threads(config.threads)
     device = find_device(config.device)
-    checkpoint = open_checkpoint(config.model, revision=config.revision, token=config.token, cache_dir=config.cache_dir)
+    checkpoint = open_checkpoint(
+        config.model,
+        revision=config.revision,
+        token=config.token,
+        cache_dir=config.cache_dir,
+        max_disk_bytes=config.max_disk_space,
+        listener=listener,
+    )
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     choice = choose_dtype(config.dtype, checkpoint.dtype, device.type, cuda_has_bfloat16=has_bfloat16)
     warnings = [warning for warning in (choice.warning, note_on_other_devices(device)) if warning is not None]
@@ -107,6 +118,7 @@ def load(opened: OpenedModel, span: Span, config: ServerConfig) -> LoadedSpan:
     """
     weights_bytes = block_weights_bytes(opened.checkpoint.config, opened.dtype, opened.quantization)
     check_span_fits(weights_bytes, span, free_memory_bytes(opened.device))
+    opened.checkpoint.release()  # of the blocks served before, if any: the disk may need their room
     model = load_span(opened.checkpoint, span, dtype=opened.dtype, device=opened.device)
     speed = _compute_speed(opened, model, config.throughput)
     token_bytes = model.dtype.itemsize * model.hidden_size

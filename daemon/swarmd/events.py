@@ -100,6 +100,13 @@ def _measured(fields: Mapping[str, Any]) -> str:
     )
 
 
+def _weights(fields: Mapping[str, Any]) -> str:
+    if fields["work"] == "waiting":
+        return f"waiting for another process, which is at the same weights: {fields['what']}"
+    share = fields["done_bytes"] / max(fields["total_bytes"], 1)
+    return f"{fields['work']} {fields['what']}: {share:.0%} of {format_byte_size(fields['total_bytes'])}"
+
+
 def _swarm_lost(fields: Mapping[str, Any]) -> str:
     return "no other node of the swarm answers any more: asking again until one does"
 
@@ -111,6 +118,7 @@ SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "sized": _sized,
     "measured": _measured,
     "loading": lambda fields: f"loading {fields['model']}: blocks {fields['blocks']}, {fields['dtype']}",
+    "weights": _weights,
     "ready": _ready,
     "swarm_lost": _swarm_lost,
     "swarm_found": lambda fields: f"back in the swarm: {fields['num_peers']} nodes known",

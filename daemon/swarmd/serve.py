@@ -45,6 +45,7 @@ from swarmd.served_span import CurrentSpan
 from swarmd.span_life import SpanLife
 from swarmd.stopping import unless
 from swarmd.surroundings import Surroundings
+from swarmd.weight_progress import WeightProgress
 
 if TYPE_CHECKING:
     from swarmd.engine import OpenedModel
@@ -112,7 +113,7 @@ async def _start(config: ServerConfig, around: Surroundings, device: DeviceThrea
     from swarmd import engine  # at once: the device's thread has imported them
     from swarmd.span_loading import ModelLoader
 
-    opened = await device.run(partial(engine.open_model, config))
+    opened = await device.run(partial(engine.open_model, config, WeightProgress(around.events)))
     if opened.warning is not None:
         around.events("warning", message=opened.warning)
     num_blocks = await _num_blocks_to_choose(config, device, opened, around.events)

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from p2pswarm.core.byte_sizes import parse_byte_size
 from p2pswarm.core.errors import ConfigError
+from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
 from p2pswarm.net.addresses import parse_tcp_address, split_peer_address
 from swarmd.kv_size import KVSize, parse_kv_size
@@ -65,6 +66,8 @@ class ServerConfig(NodeConfig):
     num_blocks: int | None = None
     """How many blocks to serve, where the swarm needs them most; with `blocks` None too: as many as fit."""
     dtype: str = "auto"
+    quant: Quantization | None = None
+    """How weights are held; None: nf4 on CUDA, not quantized elsewhere."""
     device: str = "auto"
     threads: int | None = None
     """Of torch; None: one per physical core."""
@@ -192,6 +195,13 @@ def _span(name: str, value: object) -> Span:
     return Span.parse(_text(name, value))
 
 
+def _quantization(name: str, value: object) -> Quantization:
+    kinds = [kind.value for kind in Quantization]
+    if value not in kinds:
+        raise _wrong_kind(name, f"one of {', '.join(kinds)}", value)
+    return Quantization(value)
+
+
 def _kv_size(name: str, value: object) -> KVSize:
     return parse_kv_size(_text_or_number(name, value))
 
@@ -226,6 +236,7 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "blocks": _span,
     "num_blocks": _whole_number,
     "dtype": _text,
+    "quant": _quantization,
     "device": _text,
     "threads": _whole_number,
     "name": _text,

@@ -31,6 +31,7 @@ from swarmd.device import (
     spare_share,
 )
 from swarmd.kv_size import KVSize, kv_tokens
+from swarmd.quantization_choice import choose_quantization
 from swarmd.sizing import BlockCount, check_span_fits, count_blocks
 from swarmd.speed_cache import MeasuredOn, SpeedCache
 from swarmd.throughput import (
@@ -54,7 +55,7 @@ class OpenedModel:
     device: torch.device
     dtype: torch.dtype
     warning: str | None
-    quantization: Quantization = Quantization.NONE
+    quantization: Quantization
 
     @cached_property
     def model_id(self) -> ModelId:
@@ -104,8 +105,10 @@ def open_model(config: ServerConfig, listener: ProgressListener = lambda progres
     )
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     choice = choose_dtype(config.dtype, checkpoint.dtype, device.type, cuda_has_bfloat16=has_bfloat16)
-    warnings = [warning for warning in (choice.warning, note_on_other_devices(device)) if warning is not None]
-    opened = OpenedModel(checkpoint, device, choice.dtype, "; ".join(warnings) or None)
+    quantization = choose_quantization(config.quant, checkpoint.config, choice.dtype, device)
+    warnings = filter(None, (choice.warning, quantization.warning, note_on_other_devices(device)))
+    warning = "; ".join(warnings) or None
+    opened = OpenedModel(checkpoint, device, choice.dtype, warning, quantization.quantization)
     if config.blocks is not None and config.blocks.end > opened.num_blocks:
         raise ConfigError(f"{checkpoint.name} has the blocks 0:{opened.num_blocks}, so not --blocks {config.blocks}")
     return opened
@@ -119,7 +122,9 @@ def load(opened: OpenedModel, span: Span, config: ServerConfig) -> LoadedSpan:
     weights_bytes = block_weights_bytes(opened.checkpoint.config, opened.dtype, opened.quantization)
     check_span_fits(weights_bytes, span, free_memory_bytes(opened.device))
     opened.checkpoint.release()  # of the blocks served before, if any: the disk may need their room
-    model = load_span(opened.checkpoint, span, dtype=opened.dtype, device=opened.device)
+    model = load_span(
+        opened.checkpoint, span, dtype=opened.dtype, device=opened.device, quantization=opened.quantization
+    )
     speed = _compute_speed(opened, model, config.throughput)
     token_bytes = model.dtype.itemsize * model.hidden_size
     throughput = throughput_of(speed, span.num_blocks, token_bytes, ASSUMED_LINE_BITS_PER_S)

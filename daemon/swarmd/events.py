@@ -67,7 +67,8 @@ def _ready(fields: Mapping[str, Any]) -> str:
     if "model" not in fields:
         return "\n".join([f"helping nodes to find each other, as {fields['peer_id']}, at", *fields["addresses"]])
     what = f"serving blocks {fields['blocks']} of {fields['num_model_blocks']} of {fields['model']}"
-    how = f"{fields['dtype']} on {fields['device']}, {fields['start_s']:.1f} s after start"
+    weights = "" if fields["quantization"] == "none" else f"{fields['quantization']} weights, "
+    how = f"{weights}{fields['dtype']} on {fields['device']}, {fields['start_s']:.1f} s after start"
     return f"{what}\n  as {fields['peer_id']} ({how})\n  others join with: {fields['join_command']}"
 
 

@@ -73,6 +73,9 @@ def quantize_block(block: nn.Module, quantization: Quantization, dtype: torch.dt
                     f"quant: {quantization.value} failed on {device}: {error}; use --quant none"
                 ) from error
             block.set_submodule(path, quantized)
+    for parameter in block.parameters():
+        # A norm that is still a view of the checkpoint's mapped file would keep all that was read of it in memory.
+        parameter.data = parameter.data.clone()
 
 
 def load_quantized(

@@ -23,9 +23,11 @@ from p2pswarm.blocks.kv_pool import KVPool, LayerShape, StateShape
 from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.packed_weights import pack_weights
+from p2pswarm.blocks.quantization import check_quantizable, load_quantized
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings, empty_outside
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
+from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
 
 MODEL_CODE_FAILURES = (
@@ -353,10 +355,12 @@ def load_span(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantization: Quantization = Quantization.NONE,
 ) -> SpanModel:
     """The span of the checkpoint's model, with only its own tensors read.
 
-    Raises `UnsupportedModelError`, `CheckpointError`, or `ConfigError` when the model has no such blocks.
+    Raises `UnsupportedModelError`, `CheckpointError`, or `ConfigError` when the model has no such blocks or the device
+    cannot hold them so.
     """
     device = torch.device(device)
     with LOADING:
@@ -364,9 +368,14 @@ def load_span(
         if span.end > layout.num_blocks:
             raise ConfigError(f"{source.name} has the blocks 0:{layout.num_blocks}, so not {span}")
         for index, layer in enumerate(layout.blocks):
-            if not span.covers(index):
+            if span.covers(index):
+                check_quantizable(layer, quantization, device)
+            else:
                 layout.blocks[index] = PassThrough(layer)
         layout.model.set_submodule(layout.blocks_path, BlockList(layout.blocks))
         empty_outside(layout.model, layout.blocks_path)
-        load_weights(layout.model, source, dtype=dtype, device=device)
+        if quantization is Quantization.NONE:
+            load_weights(layout.model, source, dtype=dtype, device=device)
+        else:
+            load_quantized(layout, span, source, quantization, dtype=dtype, device=device)
         return SpanModel(layout, span, dtype=dtype, device=device)

@@ -22,6 +22,7 @@ READY = {
     "blocks": "0:4",
     "num_model_blocks": 8,
     "dtype": "float32",
+    "quantization": "none",
     "device": "cpu",
     "start_s": 1.234,
     "join_command": "swarmd start tiny --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooWabc",

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from p2pswarm.blocks.kv_cache import SpanCache
-from p2pswarm.blocks.span_model import SpanModel
+from p2pswarm.blocks.pages import PAGE_TOKENS
+from p2pswarm.blocks.span_model import BatchedStep, SpanModel
 from swarmd.throughput import MEASURED_ROWS, ComputeSpeed, Measurement
 
 MEASURED_DECODE_S = 0.07
@@ -55,14 +56,20 @@ def _decode_s(model: SpanModel, clock_s: Callable[[], float]) -> float:
 
 
 def _batched_decode_s(model: SpanModel, clock_s: Callable[[], float]) -> float:
-    cache = model.new_cache(MEASURED_ROWS)
+    pool = model.new_pool(MEASURED_ROWS)
+    caches = [model.new_cache(1, max_length=PAGE_TOKENS, pool=pool) for _ in range(MEASURED_ROWS)]
+    states = torch.zeros(1, 1, model.hidden_size)
     position = 0
 
     def step() -> float:
         nonlocal position
         started_s = clock_s()
-        states = torch.zeros(MEASURED_ROWS, 1, model.hidden_size)
-        model.run(states, cache, position=position).cpu()
+        if model.can_batch:
+            answers = model.run_batch([BatchedStep(cache, states, position) for cache in caches])
+        else:
+            answers = [model.run(states, cache, position=position) for cache in caches]
+        for answer in answers:
+            answer.cpu()
         position += 1
         return clock_s() - started_s
 

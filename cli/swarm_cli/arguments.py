@@ -59,6 +59,9 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
         default="none",
         help="how hidden states travel; other than none, the answers are no longer exactly the local model's",
     )
+    command.add_argument(
+        "--exact", action="store_true", help="only servers with unquantized weights, so that the tokens are the model's"
+    )
     _add_hub_flags(command)
 
 

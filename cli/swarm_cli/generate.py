@@ -14,6 +14,7 @@ from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.generation import GeneratingSession
 from p2pswarm.client.swarm import open_swarm
 from p2pswarm.core.errors import ConfigError
+from p2pswarm.core.quantization import Quantization
 from p2pswarm.wire.messages import Codec
 from swarm_cli.chat import encode_chat, talk
 from swarm_cli.report import print_summary
@@ -35,7 +36,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _generate(arguments: argparse.Namespace, prompt: str | None) -> int:
-    async with open_swarm(arguments.peers, config=ClientConfig(codec=Codec(arguments.compression))) as swarm:
+    config = ClientConfig(
+        codec=Codec(arguments.compression),
+        quantization=frozenset({Quantization.NONE}) if arguments.exact else None,
+    )
+    async with open_swarm(arguments.peers, config=config) as swarm:
         model = await swarm.load(
             arguments.model,
             dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),

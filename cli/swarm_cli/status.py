@@ -75,7 +75,7 @@ def print_model(console: Console, model: AnnouncedModel) -> None:
     console.print(f"[bold]{model.model_id}[/]: {model.num_blocks} blocks, {coverage}", highlight=False)
     table = Table(box=None, pad_edge=False)
     numbers = ("tokens/s", "cache left", "queue ms")
-    for column in ("blocks", "state", "server", "name", "dtype", *numbers, "next ms", "version"):
+    for column in ("blocks", "state", "server", "name", "dtype", "weights", *numbers, "next ms", "version"):
         table.add_column(column, justify="right" if column in numbers else "left")
     servers = {server.peer_id: server for server in model.servers}
     for server in model.servers:
@@ -85,6 +85,7 @@ def print_model(console: Console, model: AnnouncedModel) -> None:
             server.peer_id,
             server.public_name,
             server.dtype,
+            server.quantization,
             f"{server.throughput_tokens_per_s:.0f}",
             str(server.cache_tokens_left),
             f"{1000 * server.queue_delay_s:.0f}",

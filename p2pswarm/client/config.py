@@ -8,6 +8,7 @@ import platformdirs
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
+from p2pswarm.core.quantization import Quantization
 from p2pswarm.routing.costs import CostModel
 from p2pswarm.wire.messages import MAX_ALLOC_TIMEOUT_S, Codec
 
@@ -63,6 +64,8 @@ class ClientConfig:
     allowed_servers: frozenset[PeerId] | None = None
     """None: any server."""
     blocked_servers: frozenset[PeerId] = frozenset()
+    quantization: frozenset[Quantization] | None = None
+    """Only servers that announce one of these; None: any. With NONE alone, the answers are the local model's."""
     costs: CostModel = field(default_factory=CostModel)
 
     def timeout_s(self, num_tokens: int) -> float:

@@ -94,7 +94,7 @@ class ModelServers:
         self._network = network
         self._rpc = rpc
         self._config = config
-        self._filter = ServerFilter(config.allowed_servers, config.blocked_servers)
+        self._filter = ServerFilter(config.allowed_servers, config.blocked_servers, config.quantization)
         self._measured_s: dict[PeerId, float] = {}
         self._step_times: dict[Hop, StepTimes] = {}
         self._push_records: defaultdict[tuple[PeerId, PeerId], PushRecord] = defaultdict(PushRecord)

@@ -94,7 +94,7 @@ class Swarm:
         config = self.membership.config
         text_config = checkpoint.config.get_text_config(decoder=True)
         facts = ModelFacts(model_id, checkpoint.num_blocks, int(text_config.hidden_size))
-        only = ServerFilter(config.allowed_servers, config.blocked_servers)
+        only = ServerFilter(config.allowed_servers, config.blocked_servers, config.quantization)
         planner = DStarLitePlanner(config.costs, only, BanList(config.ban_s))
         return ModelServers(facts, await self._watch(model_id), planner, self.network, self.rpc, config)
 

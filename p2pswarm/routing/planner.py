@@ -11,6 +11,7 @@ from typing import Protocol
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
+from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.core.span import Span
 from p2pswarm.routing.bans import Ban, BanReason
@@ -109,14 +110,20 @@ class Planner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ServerFilter:
-    """Which servers the user wants used. By peer id only: anyone may call himself what he likes."""
+    """Which servers the user wants used. By peer id, not by name: anyone may call himself what he likes."""
 
     allowed: frozenset[PeerId] | None = None
     """Only these; None: any."""
     blocked: frozenset[PeerId] = frozenset()
+    quantization: frozenset[Quantization] | None = None
+    """Only servers whose weights are held so; None: in any way."""
 
     def objection(self, server: ServerInfo) -> str | None:
         """Why the server may not be used; None when it may."""
         if self.allowed is not None and server.peer_id not in self.allowed:
             return "not among the allowed servers"
-        return "blocked" if server.peer_id in self.blocked else None
+        if server.peer_id in self.blocked:
+            return "blocked"
+        if self.quantization is not None and server.quantization not in {kind.value for kind in self.quantization}:
+            return f"its weights are held as {server.quantization}"
+        return None

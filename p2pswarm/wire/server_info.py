@@ -92,7 +92,7 @@ def read_server_info(fields: Fields) -> ServerInfo:
         forward_tokens_per_s=fields.number("forward_tokens_per_s"),
         network_tokens_per_s=fields.number("network_tokens_per_s"),
         dtype=fields.identifier("dtype"),
-        quantization=fields.text("quantization", MAX_NAME_CHARACTERS, "none"),
+        quantization=_read_printable(fields, "quantization", "none"),
         cache_tokens_left=fields.integer("cache_tokens_left", default=0),
         max_length=fields.integer("max_length", default=0),
         adapters=fields.texts("adapters", MAX_ADAPTERS, MAX_NAME_CHARACTERS),
@@ -119,9 +119,9 @@ def _read_next_rtts(fields: Fields) -> Mapping[PeerId, float]:
     return {PeerId(peer_id): rtts_s.number(peer_id) for peer_id in fields.mapping("next_rtts_s", MAX_NEXT_RTTS)}
 
 
-def _read_printable(fields: Fields, name: str) -> str:
+def _read_printable(fields: Fields, name: str, default: str = "") -> str:
     """Text that goes to people's terminals: no control characters."""
-    text = fields.text(name, MAX_NAME_CHARACTERS, "")
+    text = fields.text(name, MAX_NAME_CHARACTERS, default)
     if not text.isprintable():
         fields.refuse(f"{name} to be printable text, got {text!r}")
     return text

@@ -10,6 +10,7 @@ from routing_worlds import NUM_BLOCKS, decode_us, edges_of_spans, every_route, n
 
 from p2pswarm.core.errors import MissingBlocksError
 from p2pswarm.core.ids import PeerId
+from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.routing.bans import BanReason
@@ -158,6 +159,15 @@ def test_allowed_and_blocked_servers_are_named_by_peer_id_which_nobody_can_borro
     assert names(planned(servers, only=ServerFilter(blocked=frozenset({a})))) == [("b", "0:6")]
     with pytest.raises(MissingBlocksError, match="not among the allowed"):
         planned(servers[1:], only=ServerFilter(allowed=frozenset({a})))
+
+
+def test_servers_whose_weights_are_held_in_another_way_are_not_used() -> None:
+    exact = ServerFilter(quantization=frozenset({Quantization.NONE}))
+    servers = [replace(server("a", 0, 6), quantization="nf4"), server("b", 0, 6)]
+    assert names(planned(servers)) == [("a", "0:6")]
+    assert names(planned(servers, only=exact)) == [("b", "0:6")]
+    with pytest.raises(MissingBlocksError, match="its weights are held as nf4"):
+        planned(servers[:1], only=exact)
 
 
 def test_route_with_a_gap_cannot_be_made() -> None:

@@ -80,6 +80,7 @@ def test_unknown_fields_are_passed_over_and_missing_ones_have_their_defaults() -
         ({"queue_delay_s": -1.0}, "queue_delay_s to be a finite number"),
         ({"next_rtts_s": {str(index): 1.0 for index in range(65)}}, "at most 64 entries"),
         ({"public_name": "\x1b[31mred"}, "printable"),
+        ({"quantization": "\x1b[31mred"}, "quantization to be printable"),
     ],
 )
 def test_bad_fields_are_named(fields: dict[str, Any], complaint: str) -> None:

@@ -1,6 +1,6 @@
 """Takes the blocks that the swarm needs most, and makes way for others who do so at the same moment.
 
-What is chosen is decided in `swarmd/block_choice.py`.
+What is chosen is decided in `p2pswarm/placement/joining.py`.
 """
 
 from dataclasses import replace
@@ -9,7 +9,7 @@ import trio
 
 from p2pswarm.core.server_info import ServerState
 from p2pswarm.directory.directory import Directory
-from swarmd.block_choice import settled_span, worst_served_span
+from p2pswarm.placement.joining import settled_span, worst_served_span
 from swarmd.presence import Presence
 
 SHORTEST_WAIT_S = 0.2

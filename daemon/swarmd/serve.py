@@ -27,11 +27,13 @@ from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.dht.node import DhtNode
 from p2pswarm.directory.announcer import Announcer
+from p2pswarm.directory.directory import Directory
 from p2pswarm.net.host import open_network
 from p2pswarm.net.identity import Identity
+from p2pswarm.placement.rebalancing import should_move
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
-from swarmd.balancing import Balancing, reason_to_move
+from swarmd.balancing import Balancing
 from swarmd.block_taking import take_worst_served
 from swarmd.config import ServerConfig
 from swarmd.device_thread import DeviceThread, open_device_thread
@@ -80,7 +82,8 @@ async def serve(
         await nursery.start(dht.run)
         announcer = Announcer(dht, network, clock, random)
         nursery.start_soon(announcer.run)
-        around = Surroundings(network, dht, announcer, RpcClient(network), clock, random, events)
+        directory = Directory(dht, clock, random)
+        around = Surroundings(network, dht, announcer, directory, RpcClient(network), clock, random, events)
         try:
             running = await unless(stop, partial(_start, config, around, device, nursery))
             if running is not None:
@@ -175,7 +178,7 @@ async def _num_blocks_to_choose(
 
 def _balancing(config: ServerConfig, around: Surroundings, presence: Presence) -> Balancing:
     lookout = Lookout(presence.info, around.directory, around.network, around.calls, around.random)
-    decide = partial(reason_to_move, balance_quality=config.balance_quality, random=around.random)
+    decide = partial(should_move, balance_quality=config.balance_quality)
     return Balancing(presence, lookout.others, decide, around.random, config.balance_check_period_s)
 
 

@@ -2,8 +2,8 @@
 
     load    announced as JOINING -> take a step through it -> answer requests -> announce ONLINE
     serve   keep the announcement true, watch that it is (`swarmd/watchdog.py`), look whether to move (`balancing.py`)
-    move    (announced as DRAINING, and agreed with others) announce JOINING with the new blocks -> let sessions end
-            -> free the memory -> make way for others who move there too -> load
+    move    (agreed with others) announce DRAINING, and where to -> let sessions end -> free the memory
+            -> announce JOINING with the new blocks -> make way for others who move there too -> load
             -> where that fails, load the old blocks again; where that fails too, `ServerFailure`
 
 So a server is at no moment announced as ONLINE with blocks that it does not serve, and never stays without blocks.
@@ -18,8 +18,9 @@ import trio
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
+from p2pswarm.placement.rebalancing import Move
 from p2pswarm.rpc.server import RpcServer
-from swarmd.balancing import Balancing, Move
+from swarmd.balancing import Balancing
 from swarmd.block_taking import make_way
 from swarmd.figures import Figures
 from swarmd.pings import PERIOD_S, Pings
@@ -145,12 +146,14 @@ class SpanLife:
         self._tell("moved", left, self._presence.info.span, gain=round(move.gain, 3), took_s=took_s)
 
     async def _leave(self, new: Span) -> None:
-        """Begins nothing new, lets what runs finish, and frees the memory. The others know where we go meanwhile."""
-        await self._presence.announce(replace(self._presence.info, span=new, state=ServerState.JOINING))
+        """Begins nothing new, lets what runs finish, frees the memory, and announces the new blocks."""
+        self._rpc.stop_accepting()
+        await self._presence.announce(replace(self._presence.info, state=ServerState.DRAINING, next_span=new))
         await self._rpc.drain(self._grace_period_s)
         self._serving = None
         self._current.end()
         await self._loader.free()
+        await self._announce_joining(new)
 
     async def _try_to_begin(self) -> str | None:
         """None when the blocks that are announced are served; else why they are not, and nothing is held."""
@@ -165,10 +168,14 @@ class SpanLife:
 
     async def _go_back(self, span: Span, failure: str) -> None:
         await self._loader.free()
-        await self._presence.announce(replace(self._presence.info, span=span, state=ServerState.JOINING))
+        await self._announce_joining(span)
         again = await self._try_to_begin()
         if again is not None:
             raise ServerFailure(f"no blocks could be loaded after a move: first {failure}; then blocks {span}: {again}")
+
+    async def _announce_joining(self, span: Span) -> None:
+        info = self._presence.info
+        await self._presence.announce(replace(info, span=span, state=ServerState.JOINING, next_span=None))
 
     async def _make_listed(self) -> None:
         """Waits until others can read what we announced; the watchdog goes on with it where that takes long."""

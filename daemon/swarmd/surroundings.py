@@ -14,17 +14,14 @@ from swarmd.events import Events
 
 @dataclass(frozen=True, slots=True)
 class Surroundings:
-    """Lives as long as the process; what is served may change meanwhile."""
+    """The same as long as the process lives, whatever is served."""
 
     network: Network
     dht: DhtNode
     announcer: Announcer
+    directory: Directory
     calls: RpcClient
     """To other servers."""
     clock: Clock
     random: Random
     events: Events
-
-    @property
-    def directory(self) -> Directory:
-        return Directory(self.dht, self.clock, self.random)

@@ -42,17 +42,17 @@ class GgufStore:
         self._listener = listener
         self._key = f"gguf/{sha256}-{CACHE_LAYOUT}"
         self._folder = cache.folder / self._key
-        self._store: SafetensorsStore | None = None
 
     @property
     def tensor_names(self) -> frozenset[str]:
-        return self._opened().tensor_names
+        return self._opened.tensor_names
 
     def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
-        return self._opened().read(names)
+        self._convert(sorted({self._group_of[name] for name in names if name in self._group_of}))
+        return self._opened.read(names)
 
     def release(self) -> None:
-        self._store = None
+        self._opened.release()
         self._cache.release()
 
     def config_folder(self) -> Path:
@@ -77,12 +77,12 @@ class GgufStore:
                     part.replace(folder / part.name)
         return folder
 
+    @cached_property
     def _opened(self) -> SafetensorsStore:
-        if self._store is None:
-            self._store = SafetensorsStore(self._groups(), self._fetch)
-        return self._store
+        return SafetensorsStore(self._group_of, lambda group: self._cache.folder / self._key_of(group))
 
-    def _groups(self) -> dict[str, str]:
+    @cached_property
+    def _group_of(self) -> dict[str, str]:
         """Which group holds which tensor."""
         path = self._folder / "tensors.json"
         if not path.exists():
@@ -90,14 +90,26 @@ class GgufStore:
             write_atomically(path, lambda temporary: temporary.write_text(json.dumps(groups)))
         return dict(json.loads(path.read_text()))
 
-    def _fetch(self, group: str) -> Path:
-        key = f"{self._key}/{group}{WHOLE_SUFFIX}"
-        return self._cache.find(key) or self._convert(key, group)
+    def _key_of(self, group: str) -> str:
+        return f"{self._key}/{group}{WHOLE_SUFFIX}"
 
-    def _convert(self, key: str, group: str) -> Path:
-        size_bytes = self._conversion.size_bytes(group)
-        self._listener(Progress(Work.CONVERTING, f"{group} of {self.path.name}", 0, size_bytes))
-        return self._cache.add(key, size_bytes, partial(self._write, group))
+    def _convert(self, groups: Collection[str]) -> None:
+        """Has these groups in the cache, and holds them there."""
+        found = {group: self._cache.find(self._key_of(group)) for group in groups}
+        if all(found.values()):
+            return
+        sizes = {
+            group: self._conversion.size_bytes(group) if path is None else path.stat().st_size
+            for group, path in found.items()
+        }
+        self._cache.require_room({self._key_of(group): size for group, size in sizes.items()})
+        absent = [group for group, path in found.items() if path is None]
+        total_bytes = sum(sizes[group] for group in absent)
+        done_bytes = 0
+        for group in absent:
+            self._listener(Progress(Work.CONVERTING, self.path.name, done_bytes, total_bytes))
+            self._cache.add(self._key_of(group), sizes[group], partial(self._write, group))
+            done_bytes += sizes[group]
 
     def _write(self, group: str, file: BinaryIO) -> None:
         content = save(self._conversion.convert(group))

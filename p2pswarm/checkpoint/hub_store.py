@@ -162,14 +162,15 @@ class HubStore:
     def _fetch(self, names: list[str]) -> None:
         """Has these groups in the cache, and holds them there."""
         groups = {name: self._group(name) for name in names}
-        self._cache.require_room({group.key: group.size_bytes for group in groups.values()})
-        absent = {name: group for name, group in groups.items() if self._cache.find(group.key) is None}
-        download = _Download(self._remote, self._listener, list(absent.values()))
-        for group in absent.values():
+        absent = [group for group in groups.values() if self._cache.find(group.key) is None]
+        if absent:
+            self._cache.require_room({group.key: group.size_bytes for group in groups.values()})
+        download = _Download(self._remote, self._listener, sum(group.size_bytes for group in absent))
+        for group in absent:
             self._cache.add(group.key, group.size_bytes, partial(download.fill, group))
             download.done_bytes_before += group.size_bytes
         self._here |= groups
-        for file_name in sorted({part.file_name for group in absent.values() for part in group.parts}):
+        for file_name in sorted({part.file_name for group in absent for part in group.parts}):
             self._verify(file_name)
 
     def _group(self, name: str) -> Group:
@@ -247,10 +248,10 @@ class HubStore:
 class _Download:
     """Groups on their way from the hub, one after the other."""
 
-    def __init__(self, remote: RemoteFiles, listener: ProgressListener, groups: list[Group]) -> None:
+    def __init__(self, remote: RemoteFiles, listener: ProgressListener, total_bytes: int) -> None:
         self._remote = remote
         self._listener = listener
-        self._total_bytes = sum(group.size_bytes for group in groups)
+        self._total_bytes = total_bytes
         self.done_bytes_before = 0
         """Of the groups before the one that comes now."""
 

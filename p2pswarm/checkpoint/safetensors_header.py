@@ -53,7 +53,7 @@ def parse_header(header: bytes, file_bytes: int, file_name: str) -> tuple[Tensor
     try:
         entries = json.loads(header[LENGTH.size :])
         places = [_place(name, entry, len(header)) for name, entry in entries.items() if name != METADATA_NAME]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{file_name} has a damaged header: {error!r}") from error
     places.sort(key=lambda place: (place.start, place.end))
     position = len(header)

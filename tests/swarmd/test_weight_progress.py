@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import trio
+import trio.testing
 
 from p2pswarm.checkpoint.progress import Progress, Work
 from swarmd.weight_progress import PERIOD_S, WeightProgress
@@ -23,7 +24,8 @@ async def events_of(steps: Iterator[tuple[float, Progress]]) -> list[dict[str, o
 
     def load() -> None:
         nonlocal now_s
-        for now_s, progress in steps:
+        for time_s, progress in steps:
+            now_s = time_s
             listener(progress)
 
     await trio.to_thread.run_sync(load)

@@ -16,6 +16,7 @@ from p2pswarm.rpc.error_replies import error_from
 from p2pswarm.rpc.exchange import deadline, exchange
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL, RpcLimits
 from p2pswarm.rpc.remote_session import RemoteSession
+from p2pswarm.rpc.speed_tests import meaningless
 from p2pswarm.rpc.stream_pool import StreamPool
 from p2pswarm.wire.framed_stream import FramedStream
 from p2pswarm.wire.messages import (
@@ -29,9 +30,11 @@ from p2pswarm.wire.messages import (
     Push,
     PushReply,
     SessionOpened,
+    SpeedTest,
+    SpeedTestReply,
 )
 
-Reply = TypeVar("Reply", InfoReply, ForwardReply, PushReply, SessionOpened)
+Reply = TypeVar("Reply", InfoReply, ForwardReply, PushReply, SessionOpened, SpeedTestReply)
 
 
 class RpcClient:
@@ -75,6 +78,14 @@ class RpcClient:
         """Returns when the peer has taken the push. Raises as `forward` does."""
         framed, _ = await self._call(peer_id, push, PushReply, timeout_s)
         self._pool.put(framed)
+
+    async def speed_test(self, peer_id: PeerId, sent_bytes: int, answer_bytes: int, timeout_s: float) -> None:
+        """Returns when so many bytes have gone there and so many have come back. Raises as `forward` does."""
+        request = SpeedTest(meaningless(sent_bytes), answer_bytes)
+        framed, reply = await self._call(peer_id, request, SpeedTestReply, timeout_s)
+        self._pool.put(framed)
+        if reply.data.shape != (answer_bytes,):
+            raise BadAnswer(f"{peer_id} sent {reply.data.shape[0]} bytes, wanted {answer_bytes}", peer_id)
 
     def has_idle_stream(self, peer_id: PeerId) -> bool:
         """Whether the next call to the peer finds an open stream."""

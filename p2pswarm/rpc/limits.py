@@ -23,6 +23,11 @@ class RpcLimits:
     max_received_bytes_per_peer: int = 256 << 20
     """Bytes of requests that are still coming or not yet answered: four of the longest at once."""
 
+    max_speed_test_bytes: int = 64 << 20
+    max_speed_test_bytes_per_peer: int = 12 << 20
+    """Both ways together, in a period: a peer may measure twice, a dozen peers at once."""
+    speed_test_period_s: float = 60.0
+
     first_message_timeout_s: float = 10.0
     """As for the other times below: a message under way may take longer (`wire.framed_stream.SLOWEST_BYTES_PER_S`)."""
     idle_stream_timeout_s: float = 120.0

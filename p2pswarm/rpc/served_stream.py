@@ -8,6 +8,7 @@ session is closed once, and nothing remains.
 
 import contextlib
 import logging
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +22,7 @@ from p2pswarm.rpc.push_exchange import PushExchange, PushSlot
 from p2pswarm.rpc.pusher import Pusher, open_session_pushes
 from p2pswarm.rpc.served_session import ServedSession
 from p2pswarm.rpc.service import RpcService, SessionService
+from p2pswarm.rpc.speed_tests import SpeedTestGrants
 from p2pswarm.rpc.usage import Usage
 from p2pswarm.wire.framed_stream import FramedStream
 from p2pswarm.wire.messages import (
@@ -32,6 +34,7 @@ from p2pswarm.wire.messages import (
     OpenSession,
     Push,
     SessionOpened,
+    SpeedTest,
 )
 
 CLOSE_SESSION_TIMEOUT_S = 5.0
@@ -48,6 +51,9 @@ class Served:
     usage: Usage
     pushes: PushExchange
     pusher: Pusher
+    speed_tests: SpeedTestGrants
+    errors: Counter[ErrorCode]
+    """What peers were told that went wrong, since the start."""
 
 
 class ServedStream:
@@ -57,7 +63,7 @@ class ServedStream:
         self.is_draining = False
         """Set from outside: nothing new is begun from now on."""
         self.in_session = False
-        self._stream = AnsweredStream(framed, served.limits)
+        self._stream = AnsweredStream(framed, served.limits, served.errors)
         self._peer_id = framed.peer_id
         self._served = served
         self._scope = trio.CancelScope()
@@ -134,6 +140,8 @@ class ServedStream:
                 return await self._served.service.forward(self._peer_id, message)
             case Push():
                 return await self._served.pushes.deliver(message, self._peer_id)
+            case SpeedTest():
+                return self._served.speed_tests.answer(message, self._peer_id, trio.current_time())
             case _:
                 raise BadRequest(f"{type(message).__name__} is not a call", self._peer_id)
 

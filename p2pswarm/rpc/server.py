@@ -4,11 +4,14 @@ Decides who gets a stream (`rpc/usage.py`) and who has to leave at the end. What
 `rpc/served_stream.py`; what is answered is the `RpcService`'s.
 """
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import trio
 
 from p2pswarm.core.errors import ServerBusy
+from p2pswarm.core.ids import PeerId
 from p2pswarm.net.network import Network, Stream
 from p2pswarm.rpc.answered_stream import GOODBYE_TIMEOUT_S
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL, RpcLimits
@@ -16,8 +19,10 @@ from p2pswarm.rpc.push_exchange import PushExchange
 from p2pswarm.rpc.pusher import Pusher
 from p2pswarm.rpc.served_stream import CLOSE_SESSION_TIMEOUT_S, Served, ServedStream
 from p2pswarm.rpc.service import RpcService
+from p2pswarm.rpc.speed_tests import SpeedTestGrants
 from p2pswarm.rpc.usage import Usage
 from p2pswarm.wire.framed_stream import FramedStream
+from p2pswarm.wire.messages import ErrorCode
 
 SESSION_REST_S = 1.0
 """While draining, a session without a step for this long is handed back: nobody waits for its next token."""
@@ -39,6 +44,10 @@ class RpcStatistics:
     """For the steps that they belong to."""
     num_streams_served: int
     num_streams_refused: int
+    sessions_by_peer: Mapping[PeerId, int]
+    """Of the peers that have any."""
+    errors: Mapping[ErrorCode, int]
+    """What peers were told that went wrong, since the start."""
 
 
 class RpcServer:
@@ -50,7 +59,9 @@ class RpcServer:
         self._usage = Usage(limits)
         self._pushes = PushExchange(limits.push_wait_s)
         self._pusher = Pusher(network, limits)
-        self._served = Served(service, limits, self._usage, self._pushes, self._pusher)
+        self._errors: Counter[ErrorCode] = Counter()
+        speed_tests = SpeedTestGrants(limits)
+        self._served = Served(service, limits, self._usage, self._pushes, self._pusher, speed_tests, self._errors)
         self._streams: set[ServedStream] = set()
         self._is_draining = False
         self._is_over = False
@@ -107,6 +118,8 @@ class RpcServer:
             num_pushes_waiting=self._pushes.num_waiting,
             num_streams_served=self._num_served,
             num_streams_refused=self._num_refused,
+            sessions_by_peer=self._usage.sessions_by_peer,
+            errors=dict(self._errors),
         )
 
     async def _hand_back_all(self) -> None:

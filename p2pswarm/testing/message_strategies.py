@@ -1,14 +1,18 @@
 """Hypothesis strategies for what travels: every message, `ServerInfo`, tensors. Needs hypothesis, which users lack."""
 
+from typing import get_type_hints
+
 from hypothesis import strategies as st
 
 from p2pswarm.core.ids import ModelId, PeerId, SessionId
 from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.server_load import ServerLoad
 from p2pswarm.core.span import Span
 from p2pswarm.wire.messages import (
     FLOAT_DTYPES,
     MAX_ALLOC_TIMEOUT_S,
     MAX_LENGTH,
+    MAX_SPEED_TEST_BYTES,
     MAX_STEP_ID,
     Codec,
     ErrorCode,
@@ -24,6 +28,8 @@ from p2pswarm.wire.messages import (
     PushedStep,
     PushReply,
     SessionOpened,
+    SpeedTest,
+    SpeedTestReply,
     Step,
     StepReply,
     WireTensor,
@@ -69,6 +75,15 @@ def server_infos() -> st.SearchStrategy[ServerInfo]:
         version=_IDENTIFIERS,
         next_span=st.none() | spans(100),
         is_pinned=st.booleans(),
+    )
+
+
+def server_loads() -> st.SearchStrategy[ServerLoad]:
+    """Loads with any figures."""
+    counts = st.integers(0, 1 << 40)
+    return st.builds(
+        ServerLoad,
+        **{name: _NUMBERS if kind is float else counts for name, kind in get_type_hints(ServerLoad).items()},
     )
 
 
@@ -131,6 +146,11 @@ def forwards(draw: st.DrawFn) -> Forward:
     )
 
 
+def speed_test_data() -> st.SearchStrategy[WireTensor]:
+    """A few bytes."""
+    return st.integers(0, 100).flatmap(lambda size: wire_tensors((size,), "bool"))
+
+
 def messages() -> st.SearchStrategy[Message]:
     """Every type of message."""
     answers = st.builds(tuple, st.tuples(st.integers(1, 2), st.integers(0, 3), st.integers(1, 4))).flatmap(wire_tensors)
@@ -142,6 +162,7 @@ def messages() -> st.SearchStrategy[Message]:
             server_infos(),
             st.integers(0, 1000),
             st.dictionaries(_IDENTIFIERS.map(PeerId), st.lists(_IDENTIFIERS, max_size=3).map(tuple), max_size=3),
+            st.none() | server_loads(),
         ),
         st.builds(
             OpenSession,
@@ -163,6 +184,8 @@ def messages() -> st.SearchStrategy[Message]:
         st.just(PushReply()),
         forwards(),
         st.builds(ForwardReply, answers),
+        st.builds(SpeedTest, speed_test_data(), st.integers(0, MAX_SPEED_TEST_BYTES)),
+        st.builds(SpeedTestReply, speed_test_data()),
     )
 
 

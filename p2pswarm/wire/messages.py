@@ -15,6 +15,7 @@ from enum import Enum
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import ModelId, PeerId, SessionId
 from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.core.server_load import ServerLoad
 from p2pswarm.core.span import Span
 from p2pswarm.wire.fields import MAX_TEXT_CHARACTERS, is_identifier
 from p2pswarm.wire.frames import Buffer, num_bytes
@@ -41,6 +42,8 @@ MAX_LENGTH = 1 << 24
 MAX_ALLOC_TIMEOUT_S = 3600.0
 """A client that would wait longer for room may ask again."""
 MAX_STEP_ID = (1 << 63) - 1
+MAX_SPEED_TEST_BYTES = 2 << 20
+"""In each direction: a sixth of a second at 100 Mbit/s."""
 MAX_NEXT_HOP_ADDRESSES = 8
 MAX_NEXT_HOP_ADDRESS_CHARACTERS = 256
 
@@ -141,6 +144,7 @@ class InfoReply:
     protocol_version: int = PROTOCOL_VERSION
     peers: Mapping[PeerId, tuple[str, ...]] = field(default_factory=dict)
     """Other nodes the server knows, so that a client can survive the loss of its bootstrap peer."""
+    load: ServerLoad | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +344,28 @@ class ForwardReply:
         _check_hidden_states(self.hidden_states)
 
 
+@dataclass(frozen=True, slots=True)
+class SpeedTest:
+    """Asks for bytes without meaning, and brings some along: how long both take tells how fast the line is."""
+
+    data: WireTensor
+    """bool [bytes]"""
+    answer_bytes: int
+
+    def __post_init__(self) -> None:
+        _check_speed_test_data(self.data)
+        _check_range(self.answer_bytes, 0, MAX_SPEED_TEST_BYTES, "answer_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedTestReply:
+    data: WireTensor
+    """bool [bytes]"""
+
+    def __post_init__(self) -> None:
+        _check_speed_test_data(self.data)
+
+
 Message = (
     ErrorReply
     | InfoRequest
@@ -353,6 +379,8 @@ Message = (
     | PushReply
     | Forward
     | ForwardReply
+    | SpeedTest
+    | SpeedTestReply
 )
 
 
@@ -371,6 +399,14 @@ def _check_hidden_states(tensor: WireTensor) -> None:
         raise ConfigError(
             f"hidden_states are floats of shape [batch, tokens, hidden], "
             f"got {tensor.dtype} of shape {list(tensor.shape)}"
+        )
+
+
+def _check_speed_test_data(tensor: WireTensor) -> None:
+    if tensor.dtype != "bool" or len(tensor.shape) != 1 or tensor.shape[0] > MAX_SPEED_TEST_BYTES:
+        raise ConfigError(
+            f"data is bool of one dimension, of at most {MAX_SPEED_TEST_BYTES} bytes, got {tensor.dtype} of shape "
+            f"{list(tensor.shape)}"
         )
 
 

@@ -38,11 +38,14 @@ from p2pswarm.wire.messages import (
     PushedStep,
     PushReply,
     SessionOpened,
+    SpeedTest,
+    SpeedTestReply,
     Step,
     StepReply,
     WireTensor,
 )
 from p2pswarm.wire.server_info import MAX_ADDRESS_CHARACTERS, MAX_ADDRESSES, read_server_info, server_info_values
+from p2pswarm.wire.server_load import read_server_load, server_load_values
 
 MAX_PEERS_TOLD = 64
 MAX_SIZE = (1 << 31) - 1
@@ -180,11 +183,14 @@ def _read_info_request(_: Fields, __: _Tensors) -> InfoRequest:
 
 
 def _info_values(message: InfoReply) -> dict[str, Any]:
-    return {
+    values = {
         "info": server_info_values(message.info),
         "protocol_version": message.protocol_version,
         "peers": {peer_id: list(addresses) for peer_id, addresses in message.peers.items()},
     }
+    if message.load is not None:
+        values["load"] = server_load_values(message.load)
+    return values
 
 
 def _read_info(fields: Fields, _: _Tensors) -> InfoReply:
@@ -196,6 +202,7 @@ def _read_info(fields: Fields, _: _Tensors) -> InfoReply:
             PeerId(peer_id): peers.texts(peer_id, MAX_ADDRESSES, MAX_ADDRESS_CHARACTERS)
             for peer_id in fields.mapping("peers", MAX_PEERS_TOLD)
         },
+        load=read_server_load(fields.nested("load")) if fields.has("load") else None,
     )
 
 
@@ -336,6 +343,18 @@ def _read_forward_reply(_: Fields, tensors: _Tensors) -> ForwardReply:
     return ForwardReply(tensors.required("hidden_states"))
 
 
+def _speed_test_values(message: SpeedTest) -> dict[str, Any]:
+    return {"answer_bytes": message.answer_bytes}
+
+
+def _read_speed_test(fields: Fields, tensors: _Tensors) -> SpeedTest:
+    return SpeedTest(tensors.required("data"), fields.integer("answer_bytes"))
+
+
+def _read_speed_test_reply(_: Fields, tensors: _Tensors) -> SpeedTestReply:
+    return SpeedTestReply(tensors.required("data"))
+
+
 @dataclass(frozen=True, slots=True)
 class _Kind:
     """How one type of message is written and read."""
@@ -364,6 +383,8 @@ _KINDS = (
     _Kind("push_reply", PushReply, _no_values, _read_push_reply),
     _Kind("forward", Forward, _forward_values, _read_forward, ("position_ids", "hidden_states", "attention_mask")),
     _Kind("forward_reply", ForwardReply, _no_values, _read_forward_reply, ("hidden_states",)),
+    _Kind("speed_test", SpeedTest, _speed_test_values, _read_speed_test, ("data",)),
+    _Kind("speed_test_reply", SpeedTestReply, _no_values, _read_speed_test_reply, ("data",)),
 )
 _KINDS_BY_NAME = {kind.name: kind for kind in _KINDS}
 _KINDS_BY_CLASS: dict[type[Message], _Kind] = {kind.message_class: kind for kind in _KINDS}

@@ -8,10 +8,19 @@ import pytest
 import torch
 
 from p2pswarm.rpc.limits import DEFAULT_RPC_LIMITS, RPC_PROTOCOL
+from p2pswarm.rpc.speed_tests import LONG_ENOUGH_S, SIZES_BYTES
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.framed_stream import SLOWEST_BYTES_PER_S
 from p2pswarm.wire.frames import DEFAULT_LIMITS, FrameDecoder
-from p2pswarm.wire.messages import INT8_BLOCK, ITEM_BYTES, PROTOCOL_VERSION, Codec, ErrorCode, Step
+from p2pswarm.wire.messages import (
+    INT8_BLOCK,
+    ITEM_BYTES,
+    MAX_SPEED_TEST_BYTES,
+    PROTOCOL_VERSION,
+    Codec,
+    ErrorCode,
+    Step,
+)
 from p2pswarm.wire.serialization import MAX_PEERS_TOLD, encode_message, message_types
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
@@ -71,6 +80,11 @@ def test_all_codecs_and_dtypes_are_listed() -> None:
         f"| sessions of one peer | {DEFAULT_RPC_LIMITS.max_sessions_per_peer},",
         f"in work | {DEFAULT_RPC_LIMITS.max_received_bytes >> 30} GiB, "
         f"of one peer {DEFAULT_RPC_LIMITS.max_received_bytes_per_peer >> 20} MiB |",
+        f"| speed tests | {DEFAULT_RPC_LIMITS.max_speed_test_bytes >> 20} MiB a minute, "
+        f"of one peer {DEFAULT_RPC_LIMITS.max_speed_test_bytes_per_peer >> 20} MiB,",
+        f"{SIZES_BYTES[0] >> 10} KiB, {SIZES_BYTES[1] >> 10} KiB and {SIZES_BYTES[2] >> 20} MiB each way",
+        f"of at most {MAX_SPEED_TEST_BYTES >> 20} MiB each way.",
+        f"took less than {LONG_ENOUGH_S:g} s",
         f"| within {DEFAULT_RPC_LIMITS.first_message_timeout_s:g} s |",
         f"| next call on a stream | within {DEFAULT_RPC_LIMITS.idle_stream_timeout_s:g} s |",
         f"| next step of a session | within {DEFAULT_RPC_LIMITS.idle_session_timeout_s:g} s |",

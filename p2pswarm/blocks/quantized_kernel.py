@@ -8,6 +8,7 @@ OpenMP, which torch has loaded by then.
 Where it cannot run, `find_kernel` says why, and bitsandbytes does the work.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -147,9 +148,7 @@ def _compile(compiler: str, folder: Path) -> Path:
 def _keep(built: Path, path: Path) -> None:
     """Keeps it for the next start, if there is a place for it: whole or not at all, also when two servers do so."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(built, temporary)
         temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)

@@ -38,6 +38,7 @@ from p2pswarm.net.negotiation import answer, propose
 from p2pswarm.net.network import Network, Stream, StreamHandler
 from p2pswarm.net.serving import run_handler
 from p2pswarm.net.shared_calls import SharedCalls
+from p2pswarm.net.traffic import Traffic
 from p2pswarm.net.upgrade import Upgrader
 
 MAX_INBOUND_HANDSHAKES = 128
@@ -103,6 +104,11 @@ class Host:
     @property
     def peer_id(self) -> PeerId:
         return self._identity.peer_id
+
+    @property
+    def traffic(self) -> Traffic:
+        """Bytes over all its connections so far."""
+        return self._upgrader.traffic
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from p2pswarm.core.errors import ConnectionLost, ProtocolViolation
 from p2pswarm.net.libp2p_parts import ID, IRawConnection, ISecureConn, SecureSession, Transport
+from p2pswarm.net.traffic import Traffic
 
 MAX_PLAINTEXT_BYTES = 65535 - 16
 """Of one noise message: 65,535 bytes with its tag."""
@@ -29,11 +30,15 @@ SOCKET_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 class NoiseTransport(Transport):
     """libp2p's noise transport, whose connections are `NoiseSession`s."""
 
+    def __init__(self, libp2p_keys: Any, noise_key: Any, traffic: Traffic) -> None:
+        super().__init__(libp2p_keys, noise_key)
+        self._traffic = traffic
+
     async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
-        return NoiseSession.over(await super().secure_inbound(conn))
+        return NoiseSession.over(await super().secure_inbound(conn), self._traffic)
 
     async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
-        return NoiseSession.over(await super().secure_outbound(conn, peer_id))
+        return NoiseSession.over(await super().secure_outbound(conn, peer_id), self._traffic)
 
 
 class NoiseSession(SecureSession):
@@ -42,9 +47,10 @@ class NoiseSession(SecureSession):
     _encryption: ChaCha20Poly1305
     _decryption: ChaCha20Poly1305
     _socket: trio.SocketStream
+    _traffic: Traffic
 
     @classmethod
-    def over(cls, secured: ISecureConn) -> "NoiseSession":
+    def over(cls, secured: ISecureConn, traffic: Traffic) -> "NoiseSession":
         """Takes over right after the handshake, which reads exactly its own messages."""
         assert isinstance(secured, SecureSession)
         session = cls(
@@ -57,6 +63,7 @@ class NoiseSession(SecureSession):
         )
         reader_writer = cast("Any", secured.conn)
         noise = reader_writer.noise_state.noise_protocol
+        session._traffic = traffic
         session._encryption = noise.cipher_state_encrypt.cipher.cipher
         session._decryption = noise.cipher_state_decrypt.cipher.cipher
         # libp2p's wrappers around the socket lock each call; two tasks with a direction each need no locks.
@@ -105,7 +112,9 @@ class NoiseSession(SecureSession):
             )
             self._num_encrypted += 1
             messages += (len(message).to_bytes(LENGTH_BYTES, "big"), message)
-        return b"".join(messages)
+        data = b"".join(messages)
+        self._traffic.sent_bytes += len(data)
+        return data
 
     async def read_some(self) -> bytes:
         """A message that has arrived, at least one byte; `b""` at the end."""
@@ -120,6 +129,7 @@ class NoiseSession(SecureSession):
                 raise ConnectionLost(f"the connection broke: {error}") from error
             if not arrived:
                 return b""
+            self._traffic.received_bytes += len(arrived)
             self._decrypt_arrived(self._ciphertext + arrived if self._ciphertext else arrived)
 
     def _decrypt_arrived(self, ciphertext: bytes) -> None:

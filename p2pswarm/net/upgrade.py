@@ -31,6 +31,7 @@ from p2pswarm.net.libp2p_parts import (
 from p2pswarm.net.mux_connection import MUX_PROTOCOL, MuxConnection
 from p2pswarm.net.noise_session import NoiseSession, NoiseTransport
 from p2pswarm.net.stock_connection import StockConnection
+from p2pswarm.net.traffic import Traffic
 
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 """What goes wrong with a peer is told by our exceptions; libp2p logs it again, tracebacks included."""
@@ -40,8 +41,12 @@ class Upgrader:
     """Makes connections for one node."""
 
     def __init__(self, identity: Identity, config: NetworkConfig) -> None:
+        self.traffic = Traffic()
+        """Of all connections that were made here."""
         self._config = config
-        noise = NoiseTransport(create_new_key_pair(identity.private_bytes), create_new_noise_key_pair().private_key)
+        noise = NoiseTransport(
+            create_new_key_pair(identity.private_bytes), create_new_noise_key_pair().private_key, self.traffic
+        )
         muxers = {TProtocol(MUX_PROTOCOL): self._new_mux_connection, TProtocol(YAMUX_PROTOCOL): Yamux}
         self._upgrader = TransportUpgrader({TProtocol(NOISE_PROTOCOL): noise}, cast("Any", muxers))
 

@@ -5,6 +5,7 @@ Knows no request. `rpc/served_stream.py` and `rpc/served_session.py` say what is
 
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -29,10 +30,12 @@ Answer = TypeVar("Answer")
 class AnsweredStream:
     """The server's end of `framed`."""
 
-    def __init__(self, framed: FramedStream, limits: RpcLimits) -> None:
+    def __init__(self, framed: FramedStream, limits: RpcLimits, errors: Counter[ErrorCode]) -> None:
+        """`errors` counts what went wrong by what the peer is told of it."""
         self.peer_id: PeerId = framed.peer_id
         self._framed = framed
         self._limits = limits
+        self._errors = errors
         self._is_sending = False
         self._resting_since: float | None = trio.current_time()
 
@@ -76,6 +79,8 @@ class AnsweredStream:
             self._framed.hold(-num_bytes)
 
     async def send(self, message: Message) -> None:
+        if isinstance(message, ErrorReply):
+            self._errors[message.code] += 1
         self._is_sending = True
         await self._framed.send(message, self._limits.send_timeout_s)
         self._is_sending = False
@@ -97,6 +102,7 @@ class AnsweredStream:
         if self._is_sending:
             self._framed.reset()
             return
+        self._errors[reply.code] += 1
         self._framed.release()
         with trio.move_on_after(GOODBYE_TIMEOUT_S), contextlib.suppress(ConnectionLost):
             await self._framed.send(reply)

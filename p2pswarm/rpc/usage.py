@@ -1,6 +1,6 @@
 """Who holds how much of this server: streams, sessions and received bytes, per peer and in total. Pure counting."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -39,6 +39,11 @@ class Usage:
     @property
     def received_bytes(self) -> int:
         return self._total.received_bytes
+
+    @property
+    def sessions_by_peer(self) -> Mapping[PeerId, int]:
+        """Of the peers that have any."""
+        return {peer_id: held.sessions for peer_id, held in self._peers.items() if held.sessions}
 
     @contextmanager
     def stream(self, peer_id: PeerId) -> Iterator["PeerBudget"]:

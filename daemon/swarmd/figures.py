@@ -1,6 +1,6 @@
-"""What changes about a server while it runs, and when the swarm should hear of it: room, waiting, neighbours."""
+"""What changes about a server while it runs, and when the swarm should hear of it: room, waiting, neighbours, the line."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -9,6 +9,7 @@ from p2pswarm.core.server_info import ServerInfo
 
 CACHE_DEAD_BAND = 0.25
 """Of the whole cache: how far the room may move before the announcement is corrected."""
+SPEED_DEAD_BAND = 0.2
 TIME_DEAD_BAND = 0.2
 """Of a waiting time or round trip: how far it may move. Less is noise, or no reason to take another way."""
 SHORTEST_CHANGE_S = 0.002
@@ -16,7 +17,7 @@ SHORTEST_CHANGE_S = 0.002
 
 
 class Room(Protocol):
-    """`swarmd/memory.py`'s budget."""
+    """`swarmd/memory.py`'s pages."""
 
     @property
     def total_tokens(self) -> int: ...
@@ -26,7 +27,7 @@ class Room(Protocol):
 
 
 class Waiting(Protocol):
-    """`swarmd/device_thread.py`'s queue."""
+    """`swarmd/scheduling/dispatcher.py`'s queue."""
 
     @property
     def queue_delay_s(self) -> float: ...
@@ -39,10 +40,15 @@ class Neighbours(Protocol):
     def round_trips_s(self) -> Mapping[PeerId, float]: ...
 
 
+AtSpeed = Callable[[ServerInfo], ServerInfo]
+"""The announcement with the speeds that are known now: those of the line are measured while requests are answered."""
+
+
 class Figures:
     """The figures as they are now."""
 
-    def __init__(self, room: Room, waiting: Waiting, neighbours: Neighbours) -> None:
+    def __init__(self, room: Room, waiting: Waiting, neighbours: Neighbours, at_speed: AtSpeed) -> None:
+        self._at_speed = at_speed
         self._room = room
         self._waiting = waiting
         self._neighbours = neighbours
@@ -50,7 +56,7 @@ class Figures:
     def updated(self, info: ServerInfo) -> ServerInfo:
         """The announcement with today's figures."""
         return replace(
-            info,
+            self._at_speed(info),
             cache_tokens_left=self._room.tokens_left,
             queue_delay_s=self._waiting.queue_delay_s,
             next_rtts_s=self._neighbours.round_trips_s,
@@ -61,6 +67,8 @@ class Figures:
         now = self.updated(announced)
         is_wrong = (
             has_room_moved(announced.cache_tokens_left, now.cache_tokens_left, self._room.total_tokens)
+            or has_speed_moved(announced.throughput_tokens_per_s, now.throughput_tokens_per_s)
+            or has_speed_moved(announced.network_tokens_per_s, now.network_tokens_per_s)
             or has_time_moved(announced.queue_delay_s, now.queue_delay_s)
             or have_round_trips_moved(announced.next_rtts_s, now.next_rtts_s)
         )
@@ -72,6 +80,11 @@ def has_room_moved(announced_tokens_left: int, tokens_left: int, total_tokens: i
     if (announced_tokens_left == 0) != (tokens_left == 0):
         return True
     return abs(announced_tokens_left - tokens_left) > CACHE_DEAD_BAND * total_tokens
+
+
+def has_speed_moved(announced_per_s: float, now_per_s: float) -> bool:
+    """Whether by a fifth."""
+    return abs(announced_per_s - now_per_s) > SPEED_DEAD_BAND * max(announced_per_s, now_per_s)
 
 
 def has_time_moved(announced_s: float, now_s: float) -> bool:

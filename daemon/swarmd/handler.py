@@ -1,28 +1,29 @@
 """What this server answers: `RpcService` over one span of one model.
 
 Decides what is refused (`swarmd/checks.py`) and who gets room (`swarmd/memory.py`), and hands the computing to the
-device. Knows nothing of streams and deadlines: those are `rpc/server.py`'s. Read `swarmd/span_session.py` next.
+device by way of the scheduler. Knows nothing of streams and deadlines: those are `rpc/server.py`'s. Read
+`swarmd/span_session.py` next.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
+import trio
 
+from p2pswarm.blocks.kv_pool import KVPool
 from p2pswarm.blocks.span_model import SpanModel
-from p2pswarm.core.errors import BadRequest
+from p2pswarm.core.errors import BadRequest, ServerBusy
 from p2pswarm.core.ids import ModelId, PeerId
-from p2pswarm.core.span import Span
-from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.messages import Forward, ForwardReply, InfoReply, OpenSession
 from swarmd import checks
 from swarmd.device_thread import Device
-from swarmd.memory import CacheBudget
-from swarmd.span_session import SpanSession
-
-MAX_TOKENS_AT_ONCE = 2048
-"""Of a forward pass without a cache: longer batches run in parts, row by row, so that other requests get in between."""
+from swarmd.forward_pass import ForwardJob, ForwardTensors
+from swarmd.memory import KVMemory, Tenant
+from swarmd.scheduling.costs import CostModel
+from swarmd.scheduling.dispatcher import Dispatcher
+from swarmd.scheduling.scheduler import Scheduler
+from swarmd.span_session import Shared, SpanSession
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,36 +32,42 @@ class Served:
 
     model_id: ModelId
     model: SpanModel
+    pool: KVPool
+    """For the keys and values of all sessions."""
     max_length: int
     """Longest session, and longest sequence of a forward pass, in tokens."""
 
 
 class SpanService:
-    """Implements `rpc.service.RpcService`."""
+    """Implements `rpc.service.RpcService`. Made in a trio loop."""
 
-    def __init__(self, served: Served, device: Device, budget: CacheBudget, describe: Callable[[], InfoReply]) -> None:
+    def __init__(
+        self, served: Served, device: Device, describe: Callable[[], InfoReply], costs: CostModel | None = None
+    ) -> None:
+        """`costs`: what is known of the device's speed; without, it is learnt from the first requests."""
+        self.memory = KVMemory(served.pool.pages)
+        self.dispatcher = Dispatcher(device, Scheduler(costs or CostModel()))
         self._served = served
-        self._device = device
-        self._budget = budget
+        self._shared = Shared(served.model, served.pool, device, self.dispatcher, self.memory)
         self._describe = describe
 
     async def info(self, peer_id: PeerId) -> InfoReply:
         return self._describe()
 
     async def open_session(self, peer_id: PeerId, request: OpenSession) -> SpanSession:
-        """A session with all the room it may ever need. Raises `BadRequest`, `ServerBusy`."""
+        """A session with room for its first tokens, waited for if the client does. Raises `BadRequest`,
+        `ServerBusy`."""
         served = self._served
         checks.check_model(request.model_id, served.model_id)
         checks.check_span(request.span, served.model.span)
         checks.check_open(request, max_length=served.max_length)
-        reservation = self._budget.reserve(request.batch_size * request.max_length, request.span.num_blocks)
-        return SpanSession(
-            served.model,
-            self._device,
-            request,
-            max_position=served.max_length,
-            release=lambda: self._budget.release(reservation),
-        )
+        tenant = self.memory.come(request.batch_size, request.max_length, request.first_tokens)
+        try:
+            await self._get_in(tenant, request)
+        except BaseException:
+            self.memory.leave(tenant)
+            raise
+        return SpanSession(self._shared, peer_id, request, tenant, max_position=served.max_length)
 
     async def forward(self, peer_id: PeerId, request: Forward) -> ForwardReply:
         """The whole batch through the asked blocks, without a cache. Raises `BadRequest`, `ServerBusy`."""
@@ -68,44 +75,27 @@ class SpanService:
         checks.check_model(request.model_id, served.model_id)
         checks.check_span(request.span, served.model.span)
         checks.check_hidden_size(request.hidden_states, served.model.hidden_size)
-        batch_size, num_tokens, _ = request.hidden_states.shape
+        num_tokens = request.hidden_states.shape[1]
         if not 1 <= num_tokens <= served.max_length:
             raise BadRequest(f"this server takes sequences of 1 to {served.max_length} tokens, got {num_tokens}")
-        inputs = await self._device.run(partial(_read_inputs, request, served.max_length))
-        rows_at_once = max(1, MAX_TOKENS_AT_ONCE // num_tokens)
-        parts = [
-            await self._device.run(
-                partial(_run_rows, served.model, request.span, inputs, slice(start, start + rows_at_once))
+        tensors = await self._shared.device.run(partial(ForwardTensors, request, served.max_length))
+        job = ForwardJob(self._shared, peer_id, request, tensors)
+        try:
+            reply: ForwardReply = await self.dispatcher.run(job)
+        finally:
+            job.close()
+        return reply
+
+    async def _get_in(self, tenant: Tenant, request: OpenSession) -> None:
+        """Waits for room as long as the client does."""
+        if not tenant.is_inside:
+            is_in = trio.Event()
+            tenant.get_in = is_in.set
+            with trio.move_on_after(request.alloc_timeout_s):
+                await is_in.wait()
+        if not tenant.is_inside:
+            memory, num_tokens = self.memory, request.batch_size * max(1, request.first_tokens)
+            raise ServerBusy(
+                f"no room for {num_tokens} tokens of KV cache within {request.alloc_timeout_s:g} s: "
+                f"{memory.tokens_left} of {memory.total_tokens} are left, {memory.num_queued} sessions wait"
             )
-            for start in range(0, batch_size, rows_at_once)
-        ]
-        return ForwardReply(await self._device.run(lambda: encode_tensor(torch.cat(parts), request.codec)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    hidden_states: torch.Tensor
-    attention_mask: torch.Tensor | None
-    position_ids: torch.Tensor | None
-
-
-def _read_inputs(request: Forward, max_length: int) -> _Inputs:
-    return _Inputs(
-        checks.read_hidden_states(request.hidden_states),
-        checks.read_mask(request.attention_mask),
-        checks.read_position_ids(request.position_ids, max_length),
-    )
-
-
-def _run_rows(model: SpanModel, blocks: Span, inputs: _Inputs, rows: slice) -> torch.Tensor:
-    """On the device's thread: some rows of the batch, which know nothing of one another."""
-    hidden_states = inputs.hidden_states[rows]
-    answer = model.run(
-        hidden_states,
-        None,
-        position=0,
-        attention_mask=None if inputs.attention_mask is None else inputs.attention_mask[rows],
-        position_ids=None if inputs.position_ids is None else inputs.position_ids[rows],
-        blocks=blocks,
-    )
-    return answer.to("cpu", hidden_states.dtype)

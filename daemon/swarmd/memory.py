@@ -1,67 +1,167 @@
-"""How much KV cache is promised to whom, in tokens. Pure counting: `swarmd/handler.py` reserves,
-`swarmd/span_session.py` gives back.
+"""Who gets into the KV memory, who waits, and who has to leave when it is full. Pure: pages are only counted here.
 
-A promise is made when a session opens, for all that it may ever hold (batch times longest length), so that no session
-fails half-way for want of memory. A session over a part of the span's blocks takes that part.
+Sessions take pages as they grow (`blocks/kv_cache.py`), not for all that they may come to. So more of them fit than if
+each were promised its longest length, and memory may run out:
+
+- **In.** A session that could not finish alone is refused. Others get in when the pages for the tokens that they will
+  send at once are free, with some to spare for those inside to grow; in the order in which they came.
+- **Out.** When there are no pages left, the youngest of those inside is evicted, perhaps the one that asks: its client
+  replays, here or elsewhere. So the oldest always goes on, and nothing can wait in a circle.
+
+Long forward passes hold pages too while they run, and are the first to be evicted. `docs/decisions/11-kv-memory.md`
+has the reasons.
 """
 
-from dataclasses import dataclass
+import math
+from collections import deque
+from collections.abc import Callable
 
-from p2pswarm.core.errors import ServerBusy
+from p2pswarm.blocks.page_tables import pages_for
+from p2pswarm.blocks.pages import PAGE_TOKENS, OutOfPages, PagePool
+from p2pswarm.core.errors import ServerBusy, SessionLost
 
-FREE_MEMORY_FOR_CACHE = 0.25
-"""Of what is free once the weights are loaded: activations, page cache and the machine's other work need the rest."""
-MAX_DEFAULT_CACHE_TOKENS = 1 << 17
-"""128 Ki: 16 sessions of 8 Ki tokens. Small models would otherwise announce more than any one device can decode."""
-MIN_DEFAULT_CACHE_TOKENS = 2048
-"""One chat: less is no use to anybody, so the operator is better served by a server that tries."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Reservation:
-    """A promise of room; worth nothing once released."""
-
-    token_blocks: int
+SPARE_SHARE = 1 / 16
+"""Of all pages: what has to stay free when another session gets in. Without it, one that has just replayed all its
+tokens would be evicted at the next page that somebody needs."""
+MAX_QUEUE = 256
+"""Sessions that wait to get in."""
 
 
-class CacheBudget:
-    """Room for `total_tokens` tokens over all `num_blocks` blocks; never promises more."""
+class Tenant:
+    """A session, or a long forward pass, that is inside or waits to get in."""
 
-    def __init__(self, total_tokens: int, num_blocks: int) -> None:
-        self.total_tokens = total_tokens
-        self.num_blocks = num_blocks
-        self._left = total_tokens * num_blocks
-        self._held: set[Reservation] = set()
+    def __init__(self, number: int, first_pages: int, *, is_session: bool) -> None:
+        self.number = number
+        """Rises: the youngest has the highest."""
+        self.first_pages = first_pages
+        self.is_session = is_session
+        self.count_pages: Callable[[], int]
+        """How many it holds."""
+        self.get_in: Callable[[], None]
+        """Called when it gets in after it had to wait."""
+        self.give_up_pages: Callable[[], None]
+        """Called when it is evicted: it must hold none any more."""
+        self.forget()
+
+    def forget(self) -> None:
+        """It is not inside, and knows nobody who would keep it alive."""
+        self.is_inside = False
+        self.count_pages = lambda: 0
+        self.get_in = self.give_up_pages = lambda: None
+
+    @property
+    def num_promised(self) -> int:
+        """Pages that it was let in for and has not taken yet."""
+        return max(0, self.first_pages - self.count_pages())
+
+    @property
+    def seniority(self) -> tuple[bool, int]:
+        """The highest is evicted first."""
+        return not self.is_session, self.number
+
+
+class KVMemory:
+    """The pages of one pool. Only for the trio thread, and changed only while the device is idle."""
+
+    def __init__(self, pool: PagePool) -> None:
+        self._pool = pool
+        self._inside: dict[int, Tenant] = {}
+        self._queue: deque[Tenant] = deque()
+        self._num_come = 0
+        self._num_evicted = 0
+
+    @property
+    def total_tokens(self) -> int:
+        return self._pool.num_pages * PAGE_TOKENS
 
     @property
     def tokens_left(self) -> int:
-        """Tokens, over all blocks, not yet promised."""
-        return self._left // self.num_blocks
+        """Tokens for which there is room, and which nobody was promised."""
+        return max(0, self._num_unpromised) * PAGE_TOKENS
 
     @property
-    def num_reservations(self) -> int:
-        return len(self._held)
+    def num_tenants(self) -> int:
+        return len(self._inside)
 
-    def reserve(self, tokens: int, num_blocks: int) -> Reservation:
-        """Promises room for `tokens` tokens over `num_blocks` blocks. Raises `ServerBusy` where there is none."""
-        reservation = Reservation(tokens * num_blocks)
-        if reservation.token_blocks > self._left:
+    @property
+    def num_queued(self) -> int:
+        return len(self._queue)
+
+    @property
+    def num_evicted(self) -> int:
+        """Since the start."""
+        return self._num_evicted
+
+    def come(self, num_rows: int, max_length: int, first_tokens: int, *, is_session: bool = True) -> Tenant:
+        """A new tenant, inside or in the queue. Raises `ServerBusy` for one that could never finish."""
+        if num_rows * pages_for(max_length) > self._pool.num_pages:
             raise ServerBusy(
-                f"no room for {tokens} tokens of KV cache over {num_blocks} blocks: "
-                f"{self._left // num_blocks} of {self.total_tokens * self.num_blocks // num_blocks} are left"
+                f"no room for {num_rows} x {max_length} tokens of KV cache, by pages of {PAGE_TOKENS}: "
+                f"all of it holds {self.total_tokens}"
             )
-        self._left -= reservation.token_blocks
-        self._held.add(reservation)
-        return reservation
+        if len(self._queue) >= MAX_QUEUE:
+            raise ServerBusy(f"{len(self._queue)} sessions are waiting for room in the KV cache already")
+        self._num_come += 1
+        first_pages = num_rows * pages_for(max(first_tokens, 1))
+        tenant = Tenant(self._num_come, first_pages, is_session=is_session)
+        if not self._queue and self._has_room_for(tenant):
+            self._let_in(tenant)
+        else:
+            self._queue.append(tenant)
+        return tenant
 
-    def release(self, reservation: Reservation) -> None:
-        """Takes the promise back; a second time does nothing."""
-        if reservation in self._held:
-            self._held.remove(reservation)
-            self._left += reservation.token_blocks
+    def take(self, tenant: Tenant, take_pages: Callable[[], None]) -> None:
+        """Calls `take_pages`, which raises `OutOfPages` where too few are free, and evicts others until it succeeds.
 
+        Raises `SessionLost` when it is the tenant itself that had to leave.
+        """
+        has_evicted = False
+        while tenant.is_inside:
+            try:
+                take_pages()
+            except OutOfPages:
+                self._evict_youngest(tenant)
+                has_evicted = True
+            else:
+                assert self._pool.num_used <= self._pool.num_pages
+                break
+        if has_evicted:
+            self._let_in_who_fits()
+        if not tenant.is_inside:
+            raise SessionLost("the KV memory is full, and younger sessions make room for older ones")
 
-def default_cache_tokens(free_bytes: int, bytes_per_token: int) -> int:
-    """How many tokens of KV cache to offer on a machine with so much free memory."""
-    fitting = int(free_bytes * FREE_MEMORY_FOR_CACHE) // max(bytes_per_token, 1)
-    return max(MIN_DEFAULT_CACHE_TOKENS, min(fitting, MAX_DEFAULT_CACHE_TOKENS))
+    def leave(self, tenant: Tenant) -> None:
+        """The tenant is gone, wherever it was; a second time does nothing. It must have given its pages back."""
+        if self._inside.pop(tenant.number, None) is None and tenant in self._queue:
+            self._queue.remove(tenant)
+        tenant.forget()
+        self._let_in_who_fits()
+
+    @property
+    def _num_unpromised(self) -> int:
+        return self._pool.num_free - sum(tenant.num_promised for tenant in self._inside.values())
+
+    def _has_room_for(self, tenant: Tenant) -> bool:
+        """Alone, a tenant needs no pages to spare."""
+        spare = math.ceil(SPARE_SHARE * self._pool.num_pages) if self._inside else 0
+        return tenant.first_pages + spare <= self._num_unpromised
+
+    def _let_in(self, tenant: Tenant) -> None:
+        tenant.is_inside = True
+        self._inside[tenant.number] = tenant
+
+    def _let_in_who_fits(self) -> None:
+        while self._queue and self._has_room_for(self._queue[0]):
+            tenant = self._queue.popleft()
+            self._let_in(tenant)
+            tenant.get_in()
+
+    def _evict_youngest(self, asking: Tenant) -> None:
+        """Of those whose leaving helps, and the one that asks."""
+        candidates = [tenant for tenant in self._inside.values() if tenant is asking or tenant.count_pages()]
+        youngest = max(candidates, key=lambda tenant: tenant.seniority)
+        del self._inside[youngest.number]
+        youngest.is_inside = False
+        self._num_evicted += 1
+        youngest.give_up_pages()
+        assert youngest.count_pages() == 0

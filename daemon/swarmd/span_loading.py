@@ -15,19 +15,22 @@ from functools import partial
 import torch
 import trio
 
+from p2pswarm.blocks.page_tables import pages_for
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.wire.messages import InfoReply
 from swarmd import engine
 from swarmd.config import ServerConfig
 from swarmd.device_thread import DeviceThread
-from swarmd.engine import OpenedModel
+from swarmd.engine import LoadedSpan, OpenedModel
 from swarmd.events import Events
 from swarmd.handler import Served, SpanService
-from swarmd.memory import CacheBudget
+from swarmd.line_speed import Line
 from swarmd.probe import probe
+from swarmd.scheduling.costs import CostModel
 from swarmd.self_description import online_info
 from swarmd.served_span import ServedSpan
+from swarmd.throughput import MEASURED_ROWS
 
 FREE_TRIES, FREE_RETRY_S = 20, 0.1
 """What the device's thread was left to do afterwards still holds a session's model for some milliseconds."""
@@ -45,12 +48,14 @@ class ModelLoader:
         device: DeviceThread,
         describe: Callable[[], InfoReply],
         events: Events,
+        line: Line,
     ) -> None:
         self._opened = opened
         self._config = config
         self._device = device
         self._describe = describe
         self._events = events
+        self._line = line
         self._model: weakref.ref[SpanModel] | None = None
 
     async def load(self, info: ServerInfo) -> ServedSpan:
@@ -58,16 +63,17 @@ class ModelLoader:
         self._events("loading", model=opened.checkpoint.name, blocks=str(info.span), dtype=opened.dtype_name)
         loaded = await self._device.run(partial(engine.load, opened, info.span, self._config))
         self._model = weakref.ref(loaded.model)
-        budget = CacheBudget(loaded.cache_tokens, info.span.num_blocks)
-        served = Served(info.model_id, loaded.model, loaded.max_length)
-        service = SpanService(served, self._device, budget, self._describe)
+        pool = loaded.model.new_pool(pages_for(loaded.cache_tokens))
+        served = Served(info.model_id, loaded.model, pool, loaded.max_length)
+        service = SpanService(served, self._device, self._describe, _known_costs(loaded))
         gc.freeze()  # what a load leaves behind stays for long: looking through it costs 0.3 s each time
         gc.enable()
         return ServedSpan(
             service,
-            online_info(info, loaded),
-            room=budget,
-            waiting=self._device,
+            online_info(info, loaded, self._line.bits_per_s),
+            room=service.memory,
+            waiting=service.dispatcher,
+            at_speed=lambda announced: loaded.speed.announced(announced, self._line.bits_per_s),
             probe=partial(probe, service, info, loaded.model.hidden_size),
         )
 
@@ -78,6 +84,13 @@ class ModelLoader:
                 return
             await trio.sleep(FREE_RETRY_S)
         logger.warning("the weights of the blocks served before are still in memory: something refers to them")
+
+
+def _known_costs(loaded: LoadedSpan) -> CostModel:
+    """What the measurement at the start says of batches and prompts."""
+    speed = loaded.speed.compute
+    row_s = max(0.0, speed.batched_decode_s - speed.decode_s) / (MEASURED_ROWS - 1)
+    return CostModel(speed.decode_s, row_s, speed.prefill_token_s)
 
 
 def _give_memory_back() -> None:

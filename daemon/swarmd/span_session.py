@@ -1,129 +1,230 @@
 """One client's session on this server: its KV cache, what of it is padding, and the steps it takes.
 
 A step is checked whole before it changes anything, so a refused step leaves the session as it was. After any other
-error the session is over: `rpc/server.py` closes it, and its client starts anew elsewhere.
+error the session is over: `rpc/server.py` closes it, and its client starts anew elsewhere. So it is for a session that
+was evicted from memory (`swarmd/memory.py`): its next step says so.
 """
 
-from collections.abc import Callable
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
+import outcome
 import torch
+import trio
 
-from p2pswarm.blocks.kv_cache import SpanCache
-from p2pswarm.blocks.span_model import PreparedStep, SpanModel
+from p2pswarm.blocks.kv_pool import KVPool
+from p2pswarm.blocks.span_model import BatchedStep, PreparedStep, SpanModel
+from p2pswarm.core.errors import SessionLost
+from p2pswarm.core.ids import PeerId
 from p2pswarm.wire.codecs import encode_tensor
+from p2pswarm.wire.frames import num_bytes
 from p2pswarm.wire.messages import OpenSession, Step, StepReply, WireTensor
 from swarmd import checks
 from swarmd.device_thread import Device
+from swarmd.memory import KVMemory, Tenant
+from swarmd.padding import Padding
+from swarmd.scheduling.dispatcher import Dispatcher, Job
+from swarmd.scheduling.work import Kind, Part, Work
+
+SMALL_BYTES = 64 << 10
+"""Hidden states up to here are looked at in the trio thread: some 10 us, where a trip to the device takes 100."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all requests to one span share."""
+
+    model: SpanModel
+    pool: KVPool
+    device: Device
+    dispatcher: Dispatcher
+    memory: KVMemory
+
+
+@dataclass(frozen=True, slots=True)
+class StepTensors:
+    """What a step brings, decoded and found fit."""
+
+    hidden_states: torch.Tensor
+    mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
+    beam_indices: torch.Tensor | None
 
 
 class SpanSession:
     """The steps of one session; `close` gives its room back."""
 
     def __init__(
-        self,
-        model: SpanModel,
-        device: Device,
-        request: OpenSession,
-        *,
-        max_position: int,
-        release: Callable[[], None],
+        self, shared: Shared, peer_id: PeerId, request: OpenSession, tenant: Tenant, *, max_position: int
     ) -> None:
-        self._model = model
-        self._device = device
-        self._request = request
-        self._max_position = max_position
-        self._release = release
-        self._cache: SpanCache | None = None
-        """Made by the first step, on the device's thread."""
-        self._prepared: PreparedStep | None = None
+        """`tenant`: its place in the memory, which the session gives up when it is closed."""
+        self.request = request
+        self.cache = shared.model.new_cache(request.batch_size, request.span, request.max_length, shared.pool)
+        self.padding = Padding(request.batch_size, request.max_length)
+        self.prepared: PreparedStep | None = None
         """For the next token, if it follows the last one; made while the device has nothing else to do."""
-        self._padding = Padding(request.batch_size, request.max_length)
-        self._length = 0
+        self.length = 0
+        self._shared = shared
+        self._peer_id = peer_id
+        self._tenant = tenant
+        self._max_position = max_position
+        self._work: Work | None = None
+        tenant.count_pages = lambda: self.cache.num_pages
+        tenant.give_up_pages = self._leave_memory
+
+    @property
+    def number(self) -> int:
+        """Of this session among those of the span."""
+        return self._tenant.number
+
+    @property
+    def model(self) -> SpanModel:
+        return self._shared.model
 
     async def step(self, step: Step) -> StepReply:
-        """Runs the step's tokens. Raises `BadRequest`, and nothing has changed.
+        """Runs the step's tokens. Raises `BadRequest` or `ServerBusy`, and nothing has changed; or `SessionLost`.
 
         With `CodecError`, which only the answer can show, the step has been taken; the client may repeat it.
         """
+        if not self._tenant.is_inside:
+            raise SessionLost("the KV memory was full, and older sessions needed this one's part of it")
         checks.check_step(
             step,
-            batch_size=self._request.batch_size,
-            length=self._length,
-            max_length=self._request.max_length,
-            hidden_size=self._model.hidden_size,
+            batch_size=self.request.batch_size,
+            length=self.length,
+            max_length=self.request.max_length,
+            hidden_size=self.model.hidden_size,
         )
-        hidden_states = await self._device.run(partial(self._compute, step), afterwards=self._prepare)
-        return StepReply(step.step_id, self._length, hidden_states)
+        job = StepJob(self, step, await self._read(step), self._peer_id)
+        self._work = job.work
+        try:
+            hidden_states = await self._shared.dispatcher.run(job)
+        finally:
+            self._work = None
+        return StepReply(step.step_id, self.length, hidden_states)
 
     async def close(self) -> None:
-        """Forgets the cache and gives its room back."""
-        self._cache = self._prepared = None
-        self._release()
+        """Gives its room back, as soon as the device has no part of it in hand."""
+        self._shared.dispatcher.when_idle(self._leave)
 
-    def _compute(self, step: Step) -> WireTensor:
-        """On the device's thread: the checks of the values, then the changes."""
-        sent = checks.read_hidden_states(step.hidden_states)
-        mask = checks.read_mask(step.attention_mask)
-        position_ids = checks.read_position_ids(step.position_ids, self._max_position)
-        beam_indices = checks.read_beam_indices(step.beam_indices, self._request.batch_size)
+    def take_room(self, position: int, num_tokens: int, beam_indices: Sequence[int] | None) -> None:
+        """Goes back to `position`, follows the beams, and has pages for so many tokens more. Raises `SessionLost`."""
+        self._shared.memory.take(self._tenant, partial(self.cache.make_room, position, num_tokens, beam_indices))
 
-        if self._cache is None:
-            request = self._request
-            self._cache = self._model.new_cache(request.batch_size, request.span, max_length=request.max_length)
-        self._cache.crop(step.position)
-        if beam_indices is not None:
-            self._cache.reorder(beam_indices)
-            self._padding.reorder(beam_indices)
-        self._padding.extend(step.position, step.num_tokens, mask)
-        answer = self._run(sent, self._cache, step.position, position_ids) if step.num_tokens else sent
-        self._length = step.position + step.num_tokens
-        return encode_tensor(answer, self._request.codec)
+    def prepare(self) -> None:
+        """On the device: makes what can be made for the next token before it comes."""
+        has_padding = self.padding.mask(self.length) is not None
+        if self._tenant.is_inside and not has_padding and 0 < self.length < self.request.max_length:
+            self.prepared = self.model.prepare(self.cache, self.request.span)
 
-    def _run(
-        self, sent: torch.Tensor, cache: SpanCache, position: int, position_ids: torch.Tensor | None
-    ) -> torch.Tensor:
-        prepared, self._prepared = self._prepared, None
-        answer = self._model.run(
+    async def _read(self, step: Step) -> StepTensors:
+        """Raises `BadRequest`."""
+        read = partial(checks.read_hidden_states, step.hidden_states)
+        is_small = num_bytes(step.hidden_states.data) <= SMALL_BYTES
+        return StepTensors(
+            mask=checks.read_mask(step.attention_mask),
+            position_ids=checks.read_position_ids(step.position_ids, self._max_position),
+            beam_indices=checks.read_beam_indices(step.beam_indices, self.request.batch_size),
+            hidden_states=read() if is_small else await self._shared.device.run(read),
+        )
+
+    def _leave(self) -> None:
+        self._leave_memory()
+        self._shared.memory.leave(self._tenant)
+
+    def _leave_memory(self) -> None:
+        """Holds no pages any more; a step that waits is over."""
+        self.prepared = None
+        self.cache.release()
+        if self._work is not None:
+            self._shared.dispatcher.end(self._work, SessionLost("the KV memory is full, and older sessions need it"))
+
+
+class StepJob:
+    """A `dispatcher.Job`: one step of a session, in one part or several."""
+
+    def __init__(self, session: SpanSession, step: Step, tensors: StepTensors, peer_id: PeerId) -> None:
+        self._session = session
+        self._step = step
+        self._tensors = tensors
+        self._answers: list[torch.Tensor] = []
+        self.work = Work(
+            Kind.DECODE if step.num_tokens <= 1 else Kind.PREFILL,
+            peer_id,
+            num_rows=session.request.batch_size,
+            num_tokens=step.num_tokens,
+            arrived_s=trio.current_time(),
+            session=session.number,
+            batch_key=self._batch_key(),
+        )
+
+    def make_room(self, part: Part) -> None:
+        session, step, done = self._session, self._step, self.work.tokens_done
+        beams = self._tensors.beam_indices if done == 0 else None
+        session.take_room(step.position + done, part.num_tokens, None if beams is None else beams.tolist())
+        if done == 0:
+            if beams is not None:
+                session.padding.reorder(beams)
+            session.padding.extend(step.position, step.num_tokens, self._tensors.mask)
+            session.length = step.position + step.num_tokens
+
+    def run(self, part: Part) -> WireTensor | None:
+        """The answer, with the last part."""
+        start = self.work.tokens_done
+        end = start + part.num_tokens
+        self._answers.append(self._run_tokens(start, end))
+        if end < self._step.num_tokens:
+            return None
+        return self._encoded(self._answers[0] if len(self._answers) == 1 else torch.cat(self._answers, dim=1))
+
+    def run_together(self, jobs: Sequence[Job]) -> Sequence[outcome.Outcome[WireTensor | None]]:
+        steps = cast("Sequence[StepJob]", jobs)
+        try:
+            answers = self._session.model.run_batch([step._batched() for step in steps])
+        except Exception:
+            # Isolation border: whichever of them it was, the others can go on. The caches are as they were.
+            logger.exception("a batch of %d decode steps failed; they are run one by one", len(steps))
+            return [outcome.capture(step.run, Part((step.work,), step.work.num_rows, 1)) for step in steps]
+        return [outcome.capture(step._encoded, answer) for step, answer in zip(steps, answers, strict=True)]
+
+    def prepare_next(self) -> None:
+        self._session.prepare()
+
+    def _batch_key(self) -> object:
+        """None for what only `SpanModel.run` can do."""
+        session, step, tensors = self._session, self._step, self._tensors
+        is_plain = step.num_tokens == 1 and tensors.mask is None and tensors.position_ids is None
+        if not is_plain or not session.model.can_batch or session.padding.mask(step.position) is not None:
+            return None
+        return session.request.span, session.request.adapter
+
+    def _batched(self) -> BatchedStep:
+        self._session.prepared = None
+        return BatchedStep(self._session.cache, self._tensors.hidden_states, self._step.position)
+
+    def _run_tokens(self, start: int, end: int) -> torch.Tensor:
+        """The step's tokens `[start, end)`."""
+        session, tensors = self._session, self._tensors
+        sent = tensors.hidden_states[:, start:end]
+        if start == end:
+            return sent
+        position = self._step.position + start
+        prepared, session.prepared = session.prepared, None
+        answer = session.model.run(
             sent,
-            cache,
+            session.cache,
             position=position,
-            attention_mask=self._padding.mask(position + sent.shape[1]),
-            position_ids=position_ids,
-            blocks=self._request.span,
+            attention_mask=session.padding.mask(position + end - start),
+            position_ids=None if tensors.position_ids is None else tensors.position_ids[:, start:end],
+            blocks=session.request.span,
             prepared=prepared,
         )
         return answer.to(sent.dtype)
 
-    def _prepare(self) -> None:
-        """On the device's thread, when the answer is on its way."""
-        cache = self._cache
-        has_padding = self._padding.mask(self._length) is not None
-        if cache is not None and self._prepared is None and not has_padding and self._length < self._request.max_length:
-            self._prepared = self._model.prepare(cache, self._request.span)
-
-
-class Padding:
-    """Which tokens of a session count. Costs nothing until the first token that does not."""
-
-    def __init__(self, batch_size: int, max_length: int) -> None:
-        self._batch_size = batch_size
-        self._max_length = max_length
-        self._counts: torch.Tensor | None = None
-        """bool [batch, max_length]; None while all tokens count."""
-
-    def extend(self, position: int, num_tokens: int, counts: torch.Tensor | None) -> None:
-        """Notes the tokens from `position` on; `counts` is bool [batch, tokens], None if all of them count."""
-        if self._counts is None:
-            if counts is None:
-                return
-            self._counts = torch.ones(self._batch_size, self._max_length, dtype=torch.bool)
-        self._counts[:, position : position + num_tokens] = True if counts is None else counts
-
-    def reorder(self, beam_indices: torch.Tensor) -> None:
-        if self._counts is not None:
-            self._counts = self._counts[beam_indices]
-
-    def mask(self, length: int) -> torch.Tensor | None:
-        """bool [batch, length] for the first `length` tokens; None if all of them count."""
-        return None if self._counts is None else self._counts[:, :length]
+    def _encoded(self, answer: torch.Tensor) -> WireTensor:
+        return encode_tensor(answer.to(self._tensors.hidden_states.dtype), self._session.request.codec)

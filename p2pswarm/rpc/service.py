@@ -2,8 +2,8 @@
 
 Errors say what the caller is told: `BadRequest` and `CodecError` that its request was wrong, `ServerBusy` that there
 is no room now; in a session, all three mean that the step changed nothing, and the session goes on. `SessionLost` ends
-a session in good order: its client goes on elsewhere. Anything else is a failure of ours: it is logged, the caller hears
-no details, and a session is over.
+a session in good order: its client goes on elsewhere. Anything else is a failure of ours: it is logged, the caller
+hears no details, and a session is over.
 """
 
 from typing import Protocol

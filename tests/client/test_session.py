@@ -6,7 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import trio
+from tiny_swarm import CACHE_TOKENS
 
+from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.model_servers import dtype_of
 from p2pswarm.client.step_input import StepInput
@@ -66,7 +68,8 @@ async def test_room_is_taken_for_the_session_and_given_back(open_world) -> None:
     async with open_world() as world:
         async with world.model.session(max_length=20) as session:
             await session.step(StepInput(states(3, batch_size=2), 0))
-            assert [budget.tokens_left for budget in world.budgets.values()] == [960, 960, 960]
+            left = [service.memory.tokens_left for service in world.services.values()]
+            assert left == [CACHE_TOKENS - 2 * PAGE_TOKENS] * 3
             assert [str(hop.span) for hop in session.route.hops] == ["0:3", "3:4", "4:8"]
         await trio.testing.wait_all_tasks_blocked(0.1)
         assert world.all_room_is_free()
@@ -189,11 +192,12 @@ async def test_server_without_room_is_gone_round_without_a_ban(open_world) -> No
     async with open_world(spans=(FIRST, FIRST, MIDDLE, LAST)) as world:
         full, other = (peer_id for peer_id, info in world.view.servers.items() if info.span == FIRST)
         world.view.servers[other] = replace(world.view.servers[other], inference_tokens_per_s=50.0)
-        reservation = world.budgets[full].reserve(990, FIRST.num_blocks)
+        memory = world.services[full].memory
+        tenant = memory.come(1, CACHE_TOKENS, CACHE_TOKENS)
         async with world.model.session(max_length=20) as session:
             await session.step(StepInput(states(3), 0))
             assert session.route.hops[0].peer_id == other
-        world.budgets[full].release(reservation)
+        memory.leave(tenant)
         async with world.model.session(max_length=20) as session:
             await session.step(StepInput(states(3), 0))
             assert session.route.hops[0].peer_id == full
@@ -202,8 +206,8 @@ async def test_server_without_room_is_gone_round_without_a_ban(open_world) -> No
 async def test_swarm_that_is_full_says_so(open_world) -> None:
     config = ClientConfig(known_peers_path=None, recovery_timeout_s=0.2)
     async with open_world(config=config) as world, world.model.session(max_length=20) as session:
-        world.budgets[world.peer_of(MIDDLE)].reserve(990, 1)
-        with pytest.raises(MissingBlocksError, match=r"no server for blocks 3:4 .*no room for 20 tokens") as error:
+        world.services[world.peer_of(MIDDLE)].memory.come(1, CACHE_TOKENS, CACHE_TOKENS)
+        with pytest.raises(MissingBlocksError, match=r"no server for blocks 3:4 .*no room for 3 tokens") as error:
             await session.step(StepInput(states(3), 0))
         assert isinstance(error.value.__cause__, ServerBusy)
 
@@ -235,9 +239,9 @@ async def test_answers_that_are_not_finite_are_the_servers_fault(open_world, loc
         liar, other = (peer_id for peer_id, info in world.view.servers.items() if info.span == MIDDLE)
         slow_down(world, other)
         service = world.services[liar]
-        broken = copy(service._served.model)
+        broken = copy(service._shared.model)
         broken.run = lambda hidden_states, *args, **options: hidden_states * float("nan")
-        service._served = replace(service._served, model=broken)
+        service._shared = replace(service._shared, model=broken)
         x = states(4)
         torch.testing.assert_close(await session.step(StepInput(x, 0)), local_blocks(local, x), rtol=1e-4, atol=1e-5)
         assert session.route.hops[1].peer_id == other

@@ -44,7 +44,7 @@ async def test_prefill_and_twenty_tokens_are_the_local_models(model_type: str, t
                 open_network(Identity.generate(), listen=["/ip4/127.0.0.1/tcp/0"])
             )
             part = load_span(checkpoint, span)
-            info, _, _ = await stack.enter_async_context(serving(network, checkpoint, part))
+            info, _ = await stack.enter_async_context(serving(network, checkpoint, part))
             view.servers[network.peer_id] = info
         network = await stack.enter_async_context(open_network(Identity.generate()))
         config = ClientConfig(known_peers_path=None)

@@ -12,6 +12,7 @@ from typing import Any
 
 import trio
 
+from p2pswarm.blocks.page_tables import pages_for
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.client.config import ClientConfig
@@ -38,7 +39,6 @@ from p2pswarm.testing.memory_node import MemoryNode
 from p2pswarm.wire.messages import InfoReply
 from swarmd.device_thread import InlineDevice
 from swarmd.handler import Served, SpanService
-from swarmd.memory import CacheBudget
 
 NUM_BLOCKS = 8
 LATENCY_S = 0.025
@@ -73,11 +73,9 @@ def torch_model(checkpoint: Checkpoint, load_part: Callable[[Span], SpanModel], 
     hidden_size: Any = checkpoint.config.hidden_size
 
     def make_service(info: ServerInfo) -> SpanService:
-        served, budget = (
-            Served(info.model_id, load_part(info.span), max_length),
-            CacheBudget(CACHE_TOKENS, info.span.num_blocks),
-        )
-        return SpanService(served, InlineDevice(), budget, lambda: InfoReply(info))
+        model = load_part(info.span)
+        served = Served(info.model_id, model, model.new_pool(pages_for(CACHE_TOKENS)), max_length)
+        return SpanService(served, InlineDevice(), lambda: InfoReply(info))
 
     def describe(peer_id: PeerId, span: Span) -> ServerInfo:
         info = arithmetic_server_info(peer_id, span, num_model_blocks=checkpoint.num_blocks)

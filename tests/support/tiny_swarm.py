@@ -12,6 +12,7 @@ from typing import Any
 import trio
 
 from p2pswarm.blocks.client_model import load_client_model
+from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.client.config import ClientConfig
@@ -31,9 +32,8 @@ from p2pswarm.testing.memory_network import Link, MemoryNetwork
 from p2pswarm.wire.messages import InfoReply
 from swarmd.device_thread import open_device_thread
 from swarmd.handler import Served, SpanService
-from swarmd.memory import CacheBudget
 
-CACHE_TOKENS = 1000
+CACHE_TOKENS = 32 * PAGE_TOKENS
 MAX_LENGTH = 200
 LATENCY_S = 0.0005
 """As on one machine: tests of threads need a real clock."""
@@ -58,14 +58,13 @@ class TinySwarm:
     memory: MemoryNetwork
     model: DistributedModel
     view: FixedView
-    budgets: dict[PeerId, CacheBudget]
     services: dict[PeerId, SpanService]
 
     def peer_of(self, span: Span) -> PeerId:
         return next(peer_id for peer_id, info in self.view.servers.items() if info.span == span)
 
     def all_room_is_free(self) -> bool:
-        return all(budget.tokens_left == CACHE_TOKENS for budget in self.budgets.values())
+        return all(service.memory.tokens_left == CACHE_TOKENS for service in self.services.values())
 
 
 @asynccontextmanager
@@ -81,21 +80,20 @@ async def open_tiny_swarm(
     async with AsyncExitStack() as stack:
         memory = MemoryNetwork(random.Random(5), Link(latency_s=LATENCY_S))
         view = FixedView()
-        budgets: dict[PeerId, CacheBudget] = {}
         services: dict[PeerId, SpanService] = {}
         for number, span in enumerate(spans):
             network = await stack.enter_async_context(memory.node(number + 1))
-            info, budget, service = await stack.enter_async_context(serving(network, checkpoint, load_part(span)))
+            info, service = await stack.enter_async_context(serving(network, checkpoint, load_part(span)))
             view.servers[network.peer_id] = info
-            budgets[network.peer_id], services[network.peer_id] = budget, service
+            services[network.peer_id] = service
         network = await stack.enter_async_context(memory.node(100, listens=False))
-        yield TinySwarm(memory, client_model(checkpoint, network, view, config, call), view, budgets, services)
+        yield TinySwarm(memory, client_model(checkpoint, network, view, config, call), view, services)
 
 
 @asynccontextmanager
 async def serving(
     network: Network, checkpoint: Checkpoint, part: SpanModel
-) -> AsyncIterator[tuple[ServerInfo, CacheBudget, SpanService]]:
+) -> AsyncIterator[tuple[ServerInfo, SpanService]]:
     """A server of the part, without announcing itself."""
     info = ServerInfo(
         peer_id=network.peer_id,
@@ -112,12 +110,11 @@ async def serving(
         cache_tokens_left=CACHE_TOKENS,
         max_length=MAX_LENGTH,
     )
-    budget = CacheBudget(CACHE_TOKENS, part.span.num_blocks)
     async with open_device_thread() as device, open_transparent_nursery() as nursery:
-        served = Served(checkpoint.model_id, part, MAX_LENGTH)
-        service = SpanService(served, device, budget, lambda: InfoReply(info))
+        served = Served(checkpoint.model_id, part, part.new_pool(CACHE_TOKENS // PAGE_TOKENS), MAX_LENGTH)
+        service = SpanService(served, device, lambda: InfoReply(info))
         await nursery.start(RpcServer(network, service).run)
-        yield info, budget, service
+        yield info, service
         nursery.cancel_scope.cancel()
 
 

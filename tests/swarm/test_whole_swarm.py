@@ -76,7 +76,7 @@ async def world(tiny_llama, load_part) -> AsyncIterator[World]:
         opened = World(memory, {})
         for number, span in enumerate((FIRST, MIDDLE, LAST)):
             network = await stack.enter_async_context(memory.node(number + 1))
-            info, _, _ = await stack.enter_async_context(serving(network, tiny_llama, load_part(span)))
+            info, _ = await stack.enter_async_context(serving(network, tiny_llama, load_part(span)))
             dht = DhtNode(network, SystemClock(), random.Random(number))
             await nursery.start(dht.run)
             await dht.bootstrap([opened.address] if opened.servers else [])

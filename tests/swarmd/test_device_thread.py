@@ -1,13 +1,14 @@
 """One thread, in order; what is cancelled while it waits never runs, what fails fails at its caller."""
 
+import itertools
 import threading
 from functools import partial
 
+import outcome
 import pytest
 import trio
 import trio.testing
 
-from p2pswarm.core.errors import ServerBusy
 from swarmd.device_thread import open_device_thread
 
 LONGEST_WAIT_S = 10.0
@@ -34,7 +35,6 @@ async def test_functions_run_on_one_thread_in_the_order_they_were_asked_for() ->
                 nursery.start_soon(ask, number)
                 await trio.testing.wait_all_tasks_blocked()
             gate.set()
-        assert device.num_waiting == 0
     assert ran == list(range(50))
     assert len(threads) == 1
     assert threading.get_ident() not in threads
@@ -59,7 +59,6 @@ async def test_what_is_cancelled_while_waiting_never_runs() -> None:
         with trio.move_on_after(0.01) as scope:
             await device.run(lambda: ran.append("cancelled"))
         assert scope.cancelled_caught
-        assert device.num_waiting == 1
         gate.set()
         await device.run(lambda: ran.append("after"))
     assert ran == ["after"]
@@ -84,17 +83,6 @@ async def test_what_is_cancelled_while_it_runs_ends_and_its_result_is_dropped() 
         gate.set()
         assert await device.run(lambda: "next") == "next"
         assert ended.is_set()
-
-
-async def test_a_full_queue_sends_callers_elsewhere() -> None:
-    gate = threading.Event()
-    async with open_device_thread(max_waiting=2) as device, trio.open_nursery() as nursery:
-        nursery.start_soon(device.run, partial(gate.wait, LONGEST_WAIT_S))
-        nursery.start_soon(device.run, partial(gate.wait, LONGEST_WAIT_S))
-        await trio.testing.wait_all_tasks_blocked()
-        with pytest.raises(ServerBusy, match="2 requests are waiting"):
-            await device.run(gate.wait)
-        gate.set()
 
 
 async def test_leaving_waits_for_what_runs() -> None:
@@ -136,48 +124,31 @@ async def test_leaving_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -
     left_behind.join(LONGEST_WAIT_S)
 
 
-async def test_what_is_left_for_afterwards_runs_when_nothing_waits() -> None:
-    ran: list[str] = []
-    done = threading.Event()
-    gate = threading.Event()
+async def test_what_is_started_is_delivered_with_the_time_it_took_and_a_rest_is_told() -> None:
+    told: list[tuple[str, object]] = []
+    rested = trio.Event()
+    times_s = itertools.count(10.0, 2.5)
 
-    def finish() -> None:
-        ran.append("afterwards")
-        done.set()
+    def deliver(result: outcome.Outcome[str], took_s: float) -> None:
+        told.append((result.unwrap(), took_s))
 
-    async with open_device_thread() as device:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(device.run, partial(gate.wait, LONGEST_WAIT_S), finish)
-            await trio.testing.wait_all_tasks_blocked()
-            nursery.start_soon(device.run, lambda: ran.append("next"))
-            await trio.testing.wait_all_tasks_blocked()
-            gate.set()
-        assert await trio.to_thread.run_sync(done.wait, LONGEST_WAIT_S)
-    assert ran == ["next", "afterwards"]
+    async with open_device_thread(clock_s=lambda: next(times_s)) as device:
+        device.start(lambda: "first", deliver, lambda: pytest.fail("something else was waiting"))
+        device.start(lambda: "second", deliver, rested.set)
+        with trio.fail_after(LONGEST_WAIT_S):
+            await rested.wait()
+        assert told == [("first", 2.5), ("second", 2.5)]
+        assert await device.run(lambda: "after the rest") == "after the rest"
 
 
-async def test_what_fails_afterwards_is_logged_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    failed = threading.Event()
+async def test_a_failure_is_delivered_too() -> None:
+    delivered: list[outcome.Outcome[None]] = []
 
     def fail() -> None:
-        failed.set()
         raise RuntimeError("out of memory")
 
     async with open_device_thread() as device:
-        assert await device.run(lambda: "answered", fail) == "answered"
-        assert await trio.to_thread.run_sync(failed.wait, LONGEST_WAIT_S)
+        device.start(fail, lambda result, _: delivered.append(result))
         assert await device.run(lambda: "still there") == "still there"
-    assert "out of memory" in caplog.text
-
-
-async def test_nothing_is_done_after_a_failure() -> None:
-    ran: list[str] = []
-
-    def fail() -> None:
-        raise RuntimeError("out of memory")
-
-    async with open_device_thread() as device:
-        with pytest.raises(RuntimeError, match="out of memory"):
-            await device.run(fail, lambda: ran.append("afterwards"))
-        await trio.sleep(0.02)
-    assert not ran
+    assert isinstance(delivered[0], outcome.Error)
+    assert str(delivered[0].error) == "out of memory"

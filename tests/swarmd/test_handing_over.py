@@ -1,18 +1,19 @@
 """A server that stops hands its sessions over: whatever they are doing, their clients hear `SessionLost`, which is no
-failure, and their room is free at once."""
+failure, and their room is free when the device is done with it."""
 
 import itertools
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from random import Random
-from typing import Any
 
 import pytest
 import torch
 import trio
+from timed_device import TimedDevice
 from trio.testing import MockClock
 
+from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.core.errors import ServerBusy, SessionLost
@@ -26,9 +27,8 @@ from p2pswarm.rpc.server import RpcServer
 from p2pswarm.testing.memory_network import Link, MemoryNetwork
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.messages import OpenSession, PushedStep, Step
-from swarmd.device_thread import InlineDevice
+from swarmd.device_thread import REST_S
 from swarmd.handler import Served, SpanService
-from swarmd.memory import CacheBudget
 
 SPAN = Span(2, 6)
 HIDDEN_SIZE = 64
@@ -40,26 +40,13 @@ GRACE_S = 5.0
 LATENCY_S = 0.05
 
 
-class SlowDevice(InlineDevice):
-    """Takes simulated time, for one function after the other."""
-
-    def __init__(self) -> None:
-        self.work_s = 0.1
-        self._turn = trio.Lock()
-
-    async def run(self, *arguments: Any, **options: Any) -> Any:
-        async with self._turn:
-            await trio.sleep(self.work_s)
-            return await super().run(*arguments, **options)
-
-
 @dataclass
 class World:
     memory: MemoryNetwork
     server: Network
     rpc: RpcServer
-    budget: CacheBudget
-    device: SlowDevice
+    service: SpanService
+    device: TimedDevice
     model_id: ModelId
     client: RpcClient
     session_numbers: Iterator[int]
@@ -77,7 +64,8 @@ class World:
         took_s = trio.current_time() - began_at_s
         assert self.rpc.statistics().num_streams == 0
         assert self.rpc.statistics().received_bytes == 0
-        assert self.budget.tokens_left == CACHE_TOKENS
+        await trio.sleep(self.device.work_s + REST_S)  # for what the device was in the middle of
+        assert self.service.memory.tokens_left == CACHE_TOKENS
         return took_s
 
 
@@ -90,18 +78,18 @@ async def world(tiny_checkpoint: Checkpoint, tiny_span: SpanModel) -> AsyncItera
 @asynccontextmanager
 async def open_world(checkpoint: Checkpoint, part: SpanModel, link: Link) -> AsyncIterator[World]:
     memory = MemoryNetwork(Random(7), link)
-    budget = CacheBudget(CACHE_TOKENS, SPAN.num_blocks)
-    device = SlowDevice()
     async with (
         memory.node(1) as server,
         memory.node(2, listens=False) as network,
         open_transparent_nursery() as nursery,
     ):
-        service = SpanService(Served(checkpoint.model_id, part, MAX_LENGTH), device, budget, _no_info)
+        device = TimedDevice(nursery)
+        served = Served(checkpoint.model_id, part, part.new_pool(CACHE_TOKENS // PAGE_TOKENS), MAX_LENGTH)
+        service = SpanService(served, device, _no_info)
         rpc = RpcServer(server, service)
         await nursery.start(rpc.run)
         await network.connect(server.addresses[0])
-        yield World(memory, server, rpc, budget, device, checkpoint.model_id, RpcClient(network), itertools.count())
+        yield World(memory, server, rpc, service, device, checkpoint.model_id, RpcClient(network), itertools.count())
         nursery.cancel_scope.cancel()
 
 

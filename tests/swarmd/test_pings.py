@@ -24,7 +24,6 @@ from p2pswarm.testing.running_sum_service import SUM_MODEL
 from p2pswarm.testing.simulated_clock import SimulatedClock
 from p2pswarm.wire.messages import InfoReply
 from swarmd.figures import Figures
-from swarmd.memory import CacheBudget
 from swarmd.next_servers import LIFETIME_S
 from swarmd.pings import PERIOD_S, Pings
 from swarmd.presence import Presence
@@ -32,6 +31,12 @@ from swarmd.presence import Presence
 FIRST, NEAR, FAR = 0, 1, 2
 SPANS = (Span(0, 10), Span(10, 20), Span(10, 20))
 SETTLED_S = 3 * PERIOD_S
+
+
+@dataclass
+class NoRoom:
+    tokens_left: int = 0
+    total_tokens: int = 0
 
 
 @dataclass
@@ -95,7 +100,7 @@ async def open_servers() -> AsyncIterator[World]:
             pings = Pings(info, node, RpcClient(node), Random(number))
             await nursery.start(RpcServer(node, InfoOnly(info)).run)
             await presence.announce(info)
-            figures = Figures(CacheBudget(0, 1), IdleDevice(), pings)
+            figures = Figures(NoRoom(), IdleDevice(), pings, at_speed=lambda info: info)
             nursery.start_soon(presence.follow_figures, figures)
             nursery.start_soon(_follow, directories[number], pings)
         yield world

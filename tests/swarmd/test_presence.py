@@ -10,7 +10,6 @@ from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from swarmd.figures import Figures
-from swarmd.memory import CacheBudget
 from swarmd.presence import FIGURES_CHECK_PERIOD_S, SWARM_CHECK_PERIOD_S, Presence
 
 
@@ -23,6 +22,12 @@ class NotingAnnouncer:
     async def announce(self, info: ServerInfo) -> int:
         self.announced.append(info)
         return 1
+
+
+@dataclass
+class FixedRoom:
+    tokens_left: int = 1000
+    total_tokens: int = 1000
 
 
 @dataclass
@@ -41,6 +46,10 @@ class NotingEvents:
 
     def __call__(self, event: str, **fields: object) -> None:
         self.names.append(event)
+
+
+def unchanged(info: ServerInfo) -> ServerInfo:
+    return info
 
 
 def make_presence() -> tuple[NotingAnnouncer, Presence]:
@@ -73,18 +82,18 @@ async def test_the_room_in_the_cache_is_corrected_when_it_matters(
     autojump_clock: MockClock, nursery: trio.Nursery
 ) -> None:
     announcer, presence = make_presence()
-    budget = CacheBudget(1000, num_blocks=4)
-    nursery.start_soon(presence.follow_figures, Figures(budget, FixedWaiting(), FixedNeighbours()))
+    room = FixedRoom()
+    nursery.start_soon(presence.follow_figures, Figures(room, FixedWaiting(), FixedNeighbours(), unchanged))
 
     async def announced_rooms() -> Sequence[int]:
         await trio.sleep(3 * FIGURES_CHECK_PERIOD_S)
         return [info.cache_tokens_left for info in announcer.announced]
 
-    budget.reserve(100, num_blocks=4)
+    room.tokens_left = 900
     assert await announced_rooms() == []
-    large = budget.reserve(900, num_blocks=4)
+    room.tokens_left = 0
     assert await announced_rooms() == [0]
-    budget.release(large)
+    room.tokens_left = 900
     assert await announced_rooms() == [0, 900]
 
 
@@ -93,7 +102,7 @@ async def test_all_figures_go_out_together_and_at_a_bounded_rate(
 ) -> None:
     announcer, presence = make_presence()
     waiting, neighbours = FixedWaiting(), FixedNeighbours()
-    nursery.start_soon(presence.follow_figures, Figures(CacheBudget(1000, num_blocks=4), waiting, neighbours))
+    nursery.start_soon(presence.follow_figures, Figures(FixedRoom(), waiting, neighbours, unchanged))
     for change in range(1, 101):
         waiting.queue_delay_s = float(change % 2)
         neighbours.round_trips_s = {PeerId("next"): 1.05**change}

@@ -1,18 +1,12 @@
 """The announced waiting time is what requests have waited lately, and is forgotten when none come."""
 
-import math
-import threading
-from functools import partial
 from itertools import pairwise
 
 import pytest
-import trio
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trio.testing import wait_all_tasks_blocked
 
-from swarmd.device_thread import open_device_thread
-from swarmd.queue_delay import TIME_CONSTANT_S, QueueDelay
+from swarmd.queue_delay import QueueDelay
 
 WAITS_S = st.floats(0, 100)
 GAPS_S = st.floats(0, 100)
@@ -53,28 +47,3 @@ def test_the_figure_is_never_above_the_longest_wait_and_never_rises_by_itself(
     figures = [delay.at(now_s + later_s) for later_s in range(20)]
     assert 0 <= figures[0] <= max(waited_s for _, waited_s in requests) * (1 + 1e-9)
     assert all(later <= earlier for earlier, later in pairwise(figures))
-
-
-async def test_the_device_thread_tells_how_long_functions_wait() -> None:
-    now_s = 0.0
-    first_started, first_may_end, second_started, second_may_end = (threading.Event() for _ in range(4))
-
-    def work(started: threading.Event, may_end: threading.Event) -> None:
-        started.set()
-        may_end.wait(10.0)
-
-    async with open_device_thread(clock_s=lambda: now_s) as device:
-        assert device.queue_delay_s == 0
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(device.run, partial(work, first_started, first_may_end))
-            await trio.to_thread.run_sync(first_started.wait)
-            nursery.start_soon(device.run, partial(work, second_started, second_may_end))
-            await wait_all_tasks_blocked()
-            now_s = 10.0
-            first_may_end.set()
-            await trio.to_thread.run_sync(second_started.wait)
-            now_s = 11.0
-            second_may_end.set()
-        assert device.queue_delay_s == pytest.approx(10 * (1 - math.exp(-1 / TIME_CONSTANT_S)))
-        now_s = 100.0
-        assert device.queue_delay_s < 0.01

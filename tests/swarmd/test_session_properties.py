@@ -6,9 +6,11 @@ from functools import partial
 import pytest
 import torch
 import trio
+import trio.testing
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.core.errors import BadRequest
@@ -18,11 +20,11 @@ from p2pswarm.wire.codecs import decode_tensor, encode_tensor
 from p2pswarm.wire.messages import OpenSession, Step
 from swarmd.device_thread import InlineDevice
 from swarmd.handler import Served, SpanService
-from swarmd.memory import CacheBudget
 
 HIDDEN_SIZE = 64
 BATCH_SIZE = 3
 MAX_LENGTH = 12
+NUM_PAGES = 16
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,9 @@ def must_be_refused(attempt: Attempt, position: int, length: int) -> bool:
     return attempt.spoil is not None
 
 
-async def check_session(service: SpanService, model: SpanModel, checkpoint: Checkpoint, tried: list[Attempt]) -> None:
+async def check_session(model: SpanModel, checkpoint: Checkpoint, tried: list[Attempt]) -> None:
+    served = Served(checkpoint.model_id, model, model.new_pool(NUM_PAGES), MAX_LENGTH * 2)
+    service = SpanService(served, InlineDevice(), lambda: pytest.fail("nobody asks for info"))
     request = OpenSession(SessionId("s"), checkpoint.model_id, Span(2, 6), MAX_LENGTH, BATCH_SIZE)
     session = await service.open_session(PeerId("stranger"), request)
     history = History()
@@ -147,6 +151,8 @@ async def check_session(service: SpanService, model: SpanModel, checkpoint: Chec
             got = decode_tensor(reply.hidden_states)
             torch.testing.assert_close(got[new.mask], expected[new.mask], rtol=1e-4, atol=1e-4)
     await session.close()
+    await trio.testing.wait_all_tasks_blocked()
+    assert service.memory.tokens_left == NUM_PAGES * PAGE_TOKENS
 
 
 @given(tried=st.lists(attempts, min_size=1, max_size=8))
@@ -154,8 +160,4 @@ async def check_session(service: SpanService, model: SpanModel, checkpoint: Chec
 def test_answers_are_those_of_the_accepted_tokens(
     tiny_span: SpanModel, tiny_checkpoint: Checkpoint, tried: list[Attempt]
 ) -> None:
-    budget = CacheBudget(1024, 4)
-    served = Served(tiny_checkpoint.model_id, tiny_span, MAX_LENGTH * 2)
-    service = SpanService(served, InlineDevice(), budget, lambda: pytest.fail("nobody asks for info"))
-    trio.run(partial(check_session, service, tiny_span, tiny_checkpoint, tried))
-    assert budget.tokens_left == 1024
+    trio.run(partial(check_session, tiny_span, tiny_checkpoint, tried))

@@ -13,9 +13,10 @@ import torch
 import trio
 from trio.testing import MockClock
 
+from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.checkpoint.checkpoint import Checkpoint
-from p2pswarm.core.errors import RequestRefused, ServerBusy, SwarmingError
+from p2pswarm.core.errors import RequestRefused, ServerBusy, SessionLost, SwarmingError
 from p2pswarm.core.ids import ModelId, SessionId
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerInfo, ServerState
@@ -30,11 +31,11 @@ from p2pswarm.wire.codecs import decode_tensor, encode_tensor
 from p2pswarm.wire.messages import Codec, Forward, InfoReply, OpenSession, Step
 from swarmd.device_thread import InlineDevice
 from swarmd.handler import Served, SpanService
-from swarmd.memory import CacheBudget
+from swarmd.scheduling.work import Kind
 
 SPAN = Span(2, 6)
 HIDDEN_SIZE = 64
-CACHE_TOKENS = 256
+CACHE_TOKENS = 8 * PAGE_TOKENS
 MAX_LENGTH = 64
 TIMEOUT_S = 30.0
 MIB = 1 << 20
@@ -49,7 +50,7 @@ class World:
     memory: MemoryNetwork
     server: Network
     rpc: RpcServer
-    budget: CacheBudget
+    service: SpanService
     model_id: ModelId
 
     @asynccontextmanager
@@ -75,17 +76,19 @@ class World:
 @pytest.fixture
 async def world(tiny_checkpoint: Checkpoint, tiny_span: SpanModel) -> AsyncIterator[World]:
     memory = MemoryNetwork(random.Random(7))
-    budget = CacheBudget(CACHE_TOKENS, SPAN.num_blocks)
     async with memory.node(1) as network, open_transparent_nursery() as nursery:
-        served = Served(tiny_checkpoint.model_id, tiny_span, MAX_LENGTH)
+        served = Served(
+            tiny_checkpoint.model_id, tiny_span, tiny_span.new_pool(CACHE_TOKENS // PAGE_TOKENS), MAX_LENGTH
+        )
         info = server_info(network, tiny_checkpoint.model_id)
 
         def describe() -> InfoReply:
-            return InfoReply(replace(info, cache_tokens_left=budget.tokens_left))
+            return InfoReply(replace(info, cache_tokens_left=service.memory.tokens_left))
 
-        rpc = RpcServer(network, SpanService(served, InlineDevice(), budget, describe))
+        service = SpanService(served, InlineDevice(), describe)
+        rpc = RpcServer(network, service)
         await nursery.start(rpc.run)
-        yield World(memory, network, rpc, budget, tiny_checkpoint.model_id)
+        yield World(memory, network, rpc, service, tiny_checkpoint.model_id)
         nursery.cancel_scope.cancel()
 
 
@@ -137,13 +140,14 @@ async def test_a_session_over_a_part_of_the_span_runs_just_that_part(
     expected = tiny_span.run(hidden_states, None, position=0, blocks=Span(3, 5))
     async with world.client() as client, world.session(client, span=Span(3, 5)) as session:
         torch.testing.assert_close(await run_step(session, hidden_states, 0), expected)
-        assert world.budget.tokens_left == CACHE_TOKENS - 16
+        assert world.service.memory.tokens_left == CACHE_TOKENS - PAGE_TOKENS
 
 
-async def test_forward_runs_long_batches_in_parts(
-    autojump_clock: MockClock, world: World, tiny_span: SpanModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("most_tokens", "num_parts"), [(10, 3), (9, 3), (4, 5), (3, 10), (1, 20)])
+async def test_forward_runs_rows_together_and_long_ones_in_pieces(
+    most_tokens: int, num_parts: int, autojump_clock: MockClock, world: World, tiny_span: SpanModel
 ) -> None:
-    monkeypatch.setattr("swarmd.handler.MAX_TOKENS_AT_ONCE", 10)
+    world.service.dispatcher.costs.tokens_within = lambda kind, time_s: most_tokens
     hidden_states = torch.randn(5, 4, HIDDEN_SIZE)
     mask = torch.ones(5, 4, dtype=torch.bool)
     mask[3, :2] = False
@@ -153,7 +157,9 @@ async def test_forward_runs_long_batches_in_parts(
         answer = await world.forward(
             client, hidden_states, attention_mask=encode_tensor(mask), position_ids=encode_tensor(position_ids)
         )
-    torch.testing.assert_close(answer[mask], expected[mask])
+    torch.testing.assert_close(answer[mask], expected[mask], rtol=1e-4, atol=1e-5)
+    assert world.service.dispatcher.statistics().num_parts == {Kind.FORWARD: num_parts}
+    assert world.service.memory.tokens_left == CACHE_TOKENS
 
 
 async def test_answers_come_in_the_dtype_and_codec_of_the_request(
@@ -168,25 +174,79 @@ async def test_answers_come_in_the_dtype_and_codec_of_the_request(
         assert short.dtype is torch.bfloat16
 
 
-async def test_room_is_promised_at_open_and_comes_back_at_the_end(autojump_clock: MockClock, world: World) -> None:
+async def test_room_is_taken_as_tokens_come_and_comes_back_at_the_end(autojump_clock: MockClock, world: World) -> None:
     async with world.client() as client:
-        async with world.session(client, batch_size=4, max_length=60):
-            assert world.budget.tokens_left == 16
-            with pytest.raises(ServerBusy, match="no room for 32 tokens"):
-                async with world.session(client):
-                    pass
+        async with world.session(client, batch_size=2, max_length=60, first_tokens=3) as session:
             told = await client.info(world.server.peer_id, TIMEOUT_S)
-            assert told.info.cache_tokens_left == 16
+            assert told.info.cache_tokens_left == CACHE_TOKENS - 2 * PAGE_TOKENS
+            await run_step(session, torch.randn(2, 3, HIDDEN_SIZE), 0)
+            assert world.service.memory.tokens_left == CACHE_TOKENS - 2 * PAGE_TOKENS
+            await run_step(session, torch.randn(2, PAGE_TOKENS, HIDDEN_SIZE), 3)
+            assert world.service.memory.tokens_left == CACHE_TOKENS - 4 * PAGE_TOKENS
+            await run_step(session, torch.randn(2, 1, HIDDEN_SIZE), 1)
+            assert world.service.memory.tokens_left == CACHE_TOKENS - 2 * PAGE_TOKENS
         await trio.sleep(1)
-        assert world.budget.tokens_left == CACHE_TOKENS
+        assert world.service.memory.tokens_left == CACHE_TOKENS
+
+
+async def test_a_session_waits_for_room_as_long_as_its_client_says(autojump_clock: MockClock, world: World) -> None:
+    async with world.client() as client:
+        async with world.session(client, batch_size=8) as first:
+            await run_step(first, torch.randn(8, 3, HIDDEN_SIZE), 0)
+            began_at_s = trio.current_time()
+            with pytest.raises(ServerBusy, match="no room for 9 tokens of KV cache within 2 s: 0 of 256 are left"):
+                async with world.session(client, first_tokens=9, alloc_timeout_s=2.0):
+                    pass
+            assert trio.current_time() - began_at_s == pytest.approx(2.0, abs=0.5)
+            with pytest.raises(ServerBusy, match="no room for 9 x 32 tokens"):
+                async with world.session(client, batch_size=9, alloc_timeout_s=2.0):
+                    pass
+
+            async def open_another() -> None:
+                async with world.session(client, first_tokens=9, alloc_timeout_s=20.0) as second:
+                    await run_step(second, torch.randn(1, 9, HIDDEN_SIZE), 0)
+                    opened_at_s.append(trio.current_time())
+
+            opened_at_s: list[float] = []
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(open_another)
+                await trio.sleep(10)
+                assert not opened_at_s
+                first.close()
+        assert opened_at_s[0] - began_at_s == pytest.approx(12.0, abs=0.5)
+
+
+async def test_the_youngest_session_makes_room_for_the_oldest(
+    autojump_clock: MockClock, world: World, tiny_span: SpanModel
+) -> None:
+    hidden_states = torch.randn(4, 40, HIDDEN_SIZE)
+    expected = tiny_span.run(hidden_states, None, position=0)
+    async with (
+        world.client() as client,
+        world.session(client, batch_size=4, max_length=40) as oldest,
+        world.session(client, batch_size=1) as middle,
+        world.session(client, batch_size=1) as youngest,
+    ):
+        await run_step(oldest, hidden_states[:, :30], 0)
+        for session in (middle, youngest):
+            await run_step(session, torch.randn(1, 3, HIDDEN_SIZE), 0)
+        answer = await run_step(oldest, hidden_states[:, 30:32], 30)
+        torch.testing.assert_close(answer, expected[:, 30:32], rtol=1e-4, atol=1e-5)
+        answer = await run_step(oldest, hidden_states[:, 32:], 32)
+        torch.testing.assert_close(answer, expected[:, 32:], rtol=1e-4, atol=1e-5)
+        for session in (middle, youngest):
+            with pytest.raises(SessionLost, match="memory was full"):
+                await run_step(session, torch.randn(1, 1, HIDDEN_SIZE), 3)
+    await trio.sleep(1)
+    assert world.service.memory.tokens_left == CACHE_TOKENS
 
 
 async def test_a_client_that_vanishes_gives_its_room_back(autojump_clock: MockClock, world: World) -> None:
     async with world.client() as client, world.session(client) as session:
         await run_step(session, torch.randn(1, 2, HIDDEN_SIZE), 0)
     await trio.sleep(1)
-    assert world.budget.tokens_left == CACHE_TOKENS
-    assert world.budget.num_reservations == 0
+    assert world.service.memory.tokens_left == CACHE_TOKENS
+    assert world.service.memory.num_tenants == 0
 
 
 @pytest.mark.parametrize(
@@ -207,7 +267,7 @@ async def test_a_session_that_cannot_be_is_refused(
         with pytest.raises(RequestRefused, match=complaint):
             async with world.session(client, **changes):
                 pass
-        assert world.budget.tokens_left == CACHE_TOKENS
+        assert world.service.memory.tokens_left == CACHE_TOKENS
 
 
 def spoilt(value: float) -> torch.Tensor:
@@ -293,7 +353,7 @@ async def test_strangers_misbehaving_do_not_disturb_a_session_nor_take_memory(
         stranger.close()
     await trio.sleep(1)
     assert world.rpc.statistics().num_sessions == 0
-    assert world.budget.tokens_left == CACHE_TOKENS
+    assert world.service.memory.tokens_left == CACHE_TOKENS
     assert rss_bytes[1] - rss_bytes[0] < 8 * MIB
 
 
@@ -324,5 +384,5 @@ async def test_a_hung_client_does_not_keep_its_room_for_ever(autojump_clock: Moc
         (client_peer,) = world.server.connected_peers
         world.memory.hang(client_peer)
         await trio.sleep(60)
-        assert world.budget.tokens_left == CACHE_TOKENS
+        assert world.service.memory.tokens_left == CACHE_TOKENS
         world.memory.resume(client_peer)

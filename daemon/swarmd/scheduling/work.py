@@ -1,0 +1,75 @@
+"""What waits for the device, and the part of it that runs next. Plain data; read `scheduler.py` next."""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+from p2pswarm.core.ids import PeerId
+
+
+class Kind(Enum):
+    """In the order of their priority where nothing else decides."""
+
+    DECODE = "decode"
+    """One more token of each of a session's rows: somebody watches it come. Steps of many sessions run as one batch."""
+    PREFILL = "prefill"
+    """Many tokens of a session at once, a prompt or a replay; may be cut after any token."""
+    FORWARD = "forward"
+    """Rows without a session, as in training; may be cut after any row, long rows after any token."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """One request of a peer, and how much of it is done."""
+
+    kind: Kind
+    peer_id: PeerId
+    num_rows: int
+    num_tokens: int
+    """Of each row."""
+    arrived_s: float
+    session: int | None = None
+    """Whose decode step it is."""
+    batch_key: Hashable | None = None
+    """Decode steps with equal keys may run as one batch; None: this one runs alone."""
+    rows_done: int = 0
+    """Of a forward pass."""
+    tokens_done: int = 0
+    """Of each row, or of the first row that is not done."""
+    is_given_up: bool = False
+    """Nobody waits for it any more."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.rows_done == self.num_rows or (
+            self.kind is not Kind.FORWARD and self.tokens_done == self.num_tokens
+        )
+
+    def advance(self, part: "Part") -> None:
+        """Notes that the part has run."""
+        self.tokens_done += part.num_tokens
+        if self.kind is Kind.FORWARD and self.tokens_done == self.num_tokens:
+            self.rows_done += part.num_rows
+            self.tokens_done = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What runs next on the device: a batch of decode steps, or a part of something longer."""
+
+    works: tuple[Work, ...]
+    """One, but for decode steps."""
+    num_rows: int
+    """In total."""
+    num_tokens: int
+    """Of each row."""
+
+    @property
+    def kind(self) -> Kind:
+        return self.works[0].kind
+
+    def of(self, works: Sequence[Work]) -> "Part":
+        """The same for just these of its works."""
+        if len(works) == len(self.works):
+            return self
+        return replace(self, works=tuple(works), num_rows=sum(work.num_rows for work in works))

@@ -20,6 +20,7 @@ from swarm_cli.report import print_summary
 from swarm_cli.run_async import run_async
 from swarm_cli.sample_model import sample_model
 from swarm_cli.sampling import GREEDY
+from swarm_cli.weights_bar import weights_bar
 from swarm_cli.writing import encode, generate_text, write_out
 
 
@@ -31,7 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
 async def _demo(arguments: argparse.Namespace, console: Console) -> int:
     torch.set_num_threads(arguments.threads)
     model = arguments.model or sample_model()
-    checkpoint = await trio.to_thread.run_sync(open_checkpoint, model)
+    with weights_bar(console) as listener:
+        checkpoint = await trio.to_thread.run_sync(partial(open_checkpoint, model, listener=listener))
     plan = LocalSwarmPlan(model, split_evenly(checkpoint.num_blocks, arguments.servers), arguments.threads)
 
     def on_event(server: ServerProcess, event: dict[str, Any]) -> None:

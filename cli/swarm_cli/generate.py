@@ -21,6 +21,7 @@ from swarm_cli.report import print_summary
 from swarm_cli.route_words import route_as_json
 from swarm_cli.run_async import run_async
 from swarm_cli.sampling import sampling_options
+from swarm_cli.weights_bar import weights_bar
 from swarm_cli.writing import Generated, encode, generate_text, write_out
 
 
@@ -41,13 +42,15 @@ async def _generate(arguments: argparse.Namespace, prompt: str | None) -> int:
         quantization=frozenset({Quantization.NONE}) if arguments.exact else None,
     )
     async with open_swarm(arguments.peers, config=config) as swarm:
-        model = await swarm.load(
-            arguments.model,
-            dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
-            revision=arguments.revision,
-            token=arguments.token,
-            cache_dir=arguments.cache_dir,
-        )
+        with weights_bar(Console(stderr=True)) as listener:
+            model = await swarm.load(
+                arguments.model,
+                dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
+                revision=arguments.revision,
+                token=arguments.token,
+                cache_dir=arguments.cache_dir,
+                listener=listener,
+            )
         options = sampling_options(arguments.temperature, arguments.top_p)
         options["max_new_tokens"] = arguments.max_new_tokens
         if arguments.seed is not None:

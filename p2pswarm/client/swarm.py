@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from p2pswarm.blocks.client_model import load_client_model
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
+from p2pswarm.checkpoint.progress import ProgressListener
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.dispatch import BlocksDispatch, Call
 from p2pswarm.client.distributed_model import DistributedModel
@@ -62,17 +63,19 @@ class Swarm:
         revision: str | None = None,
         token: str | None = None,
         cache_dir: Path | None = None,
+        listener: ProgressListener = lambda progress: None,
         call: Call = trio.from_thread.run,
     ) -> DistributedModel:
         """The model (a folder, a hub id or a `.gguf` file) with its blocks in this swarm.
 
-        `dtype` is that of the part that runs here; None: what most servers compute in. `call` is the way into this loop
-        from the threads in which the model itself is run.
+        `dtype` is that of the part that runs here; None: what most servers compute in. `listener` is told, in another
+        thread, what is downloaded or converted. `call` is the way into this loop from the threads in which the model
+        itself is run.
         Raises `CheckpointError`, `UnsupportedModelError`, `ModelNotFound` when nobody serves the model.
         """
 
         def read() -> tuple[Checkpoint, ModelId]:
-            checkpoint = open_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir)
+            checkpoint = open_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir, listener=listener)
             return checkpoint, checkpoint.model_id
 
         checkpoint, model_id = await trio.to_thread.run_sync(read)

@@ -1,6 +1,7 @@
 """Models from a hub over real sockets: by parts, redirected, cut, gated, shared between processes."""
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -250,3 +251,50 @@ def test_progress_is_told_in_bytes_of_the_whole_span(hub: HubServer) -> None:
     done = [progress.done_bytes for progress in told]
     assert done == sorted(done)
     assert {progress.total_bytes for progress in told} == {done[-1]}
+
+
+def swarmd_command(hub: HubServer, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "swarmd", "start", MODEL, "--host", "127.0.0.1", "--threads", "1", "--json", *flags]
+
+
+def server_environment(hub: HubServer, tmp_path: Path) -> dict[str, str]:
+    places = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "XDG_DATA_HOME": str(tmp_path / "data")}
+    return {**os.environ, **places}
+
+
+def test_a_server_downloads_its_blocks_of_a_gated_model_and_serves_them(hub: HubServer, tmp_path: Path) -> None:
+    hub.good_token = "hf_good"
+    command = swarmd_command(hub, "--blocks", "2:4", "--max-disk-space", "1MB", "--kv-cache", "1024 tokens")
+    environment = server_environment(hub, tmp_path) | {"HF_TOKEN": "hf_good"}
+
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        events = map(json.loads, server.stdout)
+        ready = next(event for event in events if event["event"] in ("ready", "error"))
+        server.terminate()
+
+    assert ready["event"] == "ready", ready
+    assert ready["model_id"] == open_checkpoint(str(hub.folder)).model_id
+    cached = {path.stem for path in (tmp_path / "cache" / "weights").rglob("*.safetensors")}
+    assert cached == {"model.layers.2", "model.layers.3"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ([], "the model is gated: ask for access at"),
+        (["--token", "hf_good", "--max-disk-space", "100KB"], "no room for"),
+    ],
+)
+def test_a_server_that_cannot_have_its_weights_says_why_in_a_line(
+    hub: HubServer, tmp_path: Path, flags: list[str], complaint: str
+) -> None:
+    hub.good_token = "hf_good"
+
+    done = subprocess.run(
+        swarmd_command(hub, *flags), env=server_environment(hub, tmp_path), capture_output=True, text=True, timeout=120
+    )
+
+    assert done.returncode == 1
+    assert complaint in done.stderr
+    assert done.stderr.count("\n") == 1

@@ -4,7 +4,6 @@ from dataclasses import asdict
 
 from p2pswarm.blocks.light_imports import import_transformers_lightly
 from p2pswarm.core.span import Span
-from p2pswarm.placement.throughput import server_throughput
 from swarmd.config import ServerConfig
 from swarmd.events import Events
 from swarmd.throughput import ASSUMED_LINE_BITS_PER_S
@@ -30,6 +29,7 @@ def dry_run(config: ServerConfig, events: Events) -> None:
             num_blocks = count.num_blocks
         span = Span(0, min(num_blocks, opened.num_blocks))
     loaded = load(opened, span, config)
+    speed = loaded.speed
     events(
         "measured",
         model=opened.checkpoint.name,
@@ -37,13 +37,12 @@ def dry_run(config: ServerConfig, events: Events) -> None:
         num_blocks=span.num_blocks,
         dtype=opened.dtype_name,
         quantization=opened.quantization.value,
-        line_bits_per_s=ASSUMED_LINE_BITS_PER_S,
         device=device_name(opened.device),
         threads=torch.get_num_threads(),
         cache_tokens=loaded.cache_tokens,
-        **asdict(loaded.speed),
-        **asdict(loaded.throughput),
-        throughput_tokens_per_s=server_throughput(
-            span.num_blocks, loaded.throughput.forward_tokens_per_s, loaded.throughput.network_tokens_per_s
-        ),
+        **asdict(speed.compute),
+        inference_tokens_per_s=speed.num_blocks / speed.compute.decode_s,
+        forward_tokens_per_s=speed.forward_tokens_per_s,
+        line_bits_per_s=ASSUMED_LINE_BITS_PER_S,
+        throughput_tokens_per_s=speed.server_tokens_per_s(ASSUMED_LINE_BITS_PER_S, using_relay=False),
     )

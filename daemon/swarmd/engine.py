@@ -34,14 +34,7 @@ from swarmd.kv_size import KVSize, kv_tokens
 from swarmd.quantization_choice import choose_quantization
 from swarmd.sizing import BlockCount, check_span_fits, count_blocks
 from swarmd.speed_cache import MeasuredOn, SpeedCache
-from swarmd.throughput import (
-    ASSUMED_LINE_BITS_PER_S,
-    ComputeSpeed,
-    Throughput,
-    ThroughputSetting,
-    ThroughputSource,
-    throughput_of,
-)
+from swarmd.throughput import ComputeSpeed, SpanSpeed, ThroughputSetting, ThroughputSource
 
 UNLIMITED_MAX_LENGTH = 1 << 17
 """For models that name no longest position (ALiBi): what the cache holds is the limit then."""
@@ -80,10 +73,7 @@ class LoadedSpan:
     """A span that is ready to compute."""
 
     model: SpanModel
-    speed: ComputeSpeed
-    throughput: Throughput
-    stated_tokens_per_s: float | None
-    """What the operator wants announced for the server as a whole."""
+    speed: SpanSpeed
     cache_tokens: int
     max_length: int
 
@@ -125,13 +115,14 @@ def load(opened: OpenedModel, span: Span, config: ServerConfig) -> LoadedSpan:
     model = load_span(
         opened.checkpoint, span, dtype=opened.dtype, device=opened.device, quantization=opened.quantization
     )
-    speed = _compute_speed(opened, model, config.throughput)
-    token_bytes = model.dtype.itemsize * model.hidden_size
-    throughput = throughput_of(speed, span.num_blocks, token_bytes, ASSUMED_LINE_BITS_PER_S)
+    speed = SpanSpeed(
+        _compute_speed(opened, model, config.throughput),
+        span.num_blocks,
+        token_bytes=model.dtype.itemsize * model.hidden_size,
+        stated_tokens_per_s=None if isinstance(config.throughput, ThroughputSource) else config.throughput,
+    )
     cache_tokens = kv_tokens(config.kv_cache, free_memory_bytes(opened.device), model.cache_bytes_per_token)
-    stated_tokens_per_s = None if isinstance(config.throughput, ThroughputSource) else config.throughput
-    max_length = _max_length(opened, config, cache_tokens)
-    return LoadedSpan(model, speed, throughput, stated_tokens_per_s, cache_tokens, max_length)
+    return LoadedSpan(model, speed, cache_tokens, _max_length(opened, config, cache_tokens))
 
 
 def _compute_speed(opened: OpenedModel, model: SpanModel, source: ThroughputSetting) -> ComputeSpeed:

@@ -69,7 +69,16 @@ def _ready(fields: Mapping[str, Any]) -> str:
     what = f"serving blocks {fields['blocks']} of {fields['num_model_blocks']} of {fields['model']}"
     weights = "" if fields["quantization"] == "none" else f"{fields['quantization']} weights, "
     how = f"{weights}{fields['dtype']} on {fields['device']}, {fields['start_s']:.1f} s after start"
-    return f"{what}\n  as {fields['peer_id']} ({how})\n  others join with: {fields['join_command']}"
+    known = "as measured before" if fields["is_line_known"] else "assumed: nobody to measure against yet"
+    line = f"a line of {fields['line_bits_per_s'] / 1e6:.3g} Mbit/s ({known})"
+    return "\n  ".join(
+        [
+            what,
+            f"as {fields['peer_id']} ({how})",
+            f"announced with {fields['throughput_tokens_per_s']:.4g} tokens/s, over {line}",
+            f"others join with: {fields['join_command']}",
+        ]
+    )
 
 
 def _sized(fields: Mapping[str, Any]) -> str:
@@ -112,6 +121,20 @@ def _swarm_lost(fields: Mapping[str, Any]) -> str:
     return "no other node of the swarm answers any more: asking again until one does"
 
 
+def _statistics(fields: Mapping[str, Any]) -> str:
+    rates, errors = fields["tokens_per_s"], sum(fields["errors"].values())
+    parts = [
+        f"{fields['num_sessions']} sessions of {fields['num_peers']} peers",
+        f"{rates['decode']:.1f} tokens/s decoded, {rates['prefill']:.1f} of prompts, {rates['forward']:.1f} forward",
+        f"{format_byte_size(fields['received_bytes'])} in, {format_byte_size(fields['sent_bytes'])} out",
+        f"{errors} errors, {fields['num_moves']} moves",
+    ]
+    if "num_waiting" in fields:
+        parts.insert(1, f"{fields['num_waiting']} requests waiting, {fields['mean_batch_rows']:.1f} rows a batch")
+        parts.insert(2, f"{fields['cache_tokens_used']} of {fields['cache_tokens_total']} KV tokens used")
+    return "; ".join(parts)
+
+
 SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "warning": lambda fields: f"warning: {fields['message']}",
     "joined": lambda fields: f"joined the swarm: {fields['num_peers']} nodes known",
@@ -121,6 +144,9 @@ SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "loading": lambda fields: f"loading {fields['model']}: blocks {fields['blocks']}, {fields['dtype']}",
     "weights": _weights,
     "ready": _ready,
+    "line_measured": lambda fields: (
+        f"the line carries {fields['bits_per_s'] / 1e6:.3g} Mbit/s, measured against {fields['num_peers']} servers"
+    ),
     "swarm_lost": _swarm_lost,
     "swarm_found": lambda fields: f"back in the swarm: {fields['num_peers']} nodes known",
     "not_listed": lambda fields: "others do not find this server: announcing it again",
@@ -135,6 +161,8 @@ SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
         f"blocks {fields['to_blocks']} could not be served ({fields['message']}): "
         f"going back to blocks {fields['from_blocks']}"
     ),
+    "metrics": lambda fields: f"statistics for Prometheus at {fields['url']}",
+    "statistics": _statistics,
     "draining": lambda fields: (
         f"stopping: {fields['num_sessions']} sessions may take {fields['grace_period_s']:g} s to end"
     ),

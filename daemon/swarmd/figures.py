@@ -1,4 +1,4 @@
-"""What changes about a server while it runs, and when the swarm should hear of it: room, waiting, neighbours, the line."""
+"""What changes about a server while it runs, and when the swarm should hear of it: room, waiting, neighbours, line."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace

@@ -10,10 +10,10 @@ from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.dht.node import DhtNode
 from p2pswarm.net.network import Network
-from p2pswarm.placement.throughput import server_throughput
 from p2pswarm.wire.messages import InfoReply
 from swarmd.config import ServerConfig
 from swarmd.figures import Figures
+from swarmd.line_speed import Line
 from swarmd.presence import Presence
 
 if TYPE_CHECKING:
@@ -43,22 +43,11 @@ def joining_info(config: ServerConfig, network: Network, opened: "OpenedModel", 
     )
 
 
-def online_info(info: ServerInfo, loaded: "LoadedSpan") -> ServerInfo:
+def online_info(info: ServerInfo, loaded: "LoadedSpan", line_bits_per_s: float) -> ServerInfo:
     """From when requests are answered."""
-    throughput = loaded.throughput
     return replace(
-        info,
+        loaded.speed.announced(info, line_bits_per_s),
         state=ServerState.ONLINE,
-        throughput_tokens_per_s=loaded.stated_tokens_per_s
-        or server_throughput(
-            info.span.num_blocks,
-            throughput.forward_tokens_per_s,
-            throughput.network_tokens_per_s,
-            using_relay=info.using_relay,
-        ),
-        inference_tokens_per_s=throughput.inference_tokens_per_s,
-        forward_tokens_per_s=throughput.forward_tokens_per_s,
-        network_tokens_per_s=throughput.network_tokens_per_s,
         cache_tokens_left=loaded.cache_tokens,
         max_length=loaded.max_length,
     )
@@ -70,7 +59,9 @@ def answer_info(presence: Presence, figures: Figures | None, dht: DhtNode) -> In
     return InfoReply(presence.info if figures is None else figures.updated(presence.info), peers=others)
 
 
-def ready_fields(config: ServerConfig, info: ServerInfo, device: str, start_s: float) -> Mapping[str, object]:
+def ready_fields(
+    config: ServerConfig, info: ServerInfo, line: Line, device: str, start_s: float
+) -> Mapping[str, object]:
     """Of the event that tells the operator how the server can be reached."""
     join = f"swarmd start {shlex.quote(config.model)} --peers {info.addresses[0]}"
     return {
@@ -87,6 +78,9 @@ def ready_fields(config: ServerConfig, info: ServerInfo, device: str, start_s: f
         "device": device,
         "cache_tokens": info.cache_tokens_left,
         "max_length": info.max_length,
+        "throughput_tokens_per_s": round(info.throughput_tokens_per_s, 3),
+        "line_bits_per_s": round(line.bits_per_s),
+        "is_line_known": line.is_known,
         "start_s": round(start_s, 3),
         "join_command": join,
     }

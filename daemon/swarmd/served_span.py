@@ -5,17 +5,19 @@ server held before it moved, clients are sent elsewhere. Knows nothing of torch.
 """
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from p2pswarm.core.errors import ServerBusy
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.core.server_load import ServerLoad
 from p2pswarm.core.span import Span
 from p2pswarm.dht.node import DhtNode
 from p2pswarm.rpc.service import RpcService, SessionService
 from p2pswarm.wire.messages import Forward, ForwardReply, InfoReply, OpenSession
-from swarmd.figures import Figures, Room, Waiting
+from swarmd.engine_statistics import EngineStatistics
+from swarmd.figures import AtSpeed, Figures, Room, Waiting
 from swarmd.presence import Presence
 from swarmd.self_description import answer_info
 
@@ -29,8 +31,11 @@ class ServedSpan:
     """What to announce once it answers requests."""
     room: Room
     waiting: Waiting
+    at_speed: AtSpeed
     probe: Callable[[], Awaitable[None]]
     """Takes one step through `service`, as a client would. Raises when the span does not compute."""
+    statistics: Callable[[], EngineStatistics | None] = lambda: None
+    """What `service` has to do; None: it does not count."""
 
 
 class SpanLoader(Protocol):
@@ -54,6 +59,8 @@ class CurrentSpan:
         self._served: ServedSpan | None = None
         self._figures: Figures | None = None
         self._has_served_others = False
+        self.describe_load: Callable[[], ServerLoad | None] = lambda: None
+        """For clients who ask; set by who knows the rest of the server."""
 
     def begin(self, served: ServedSpan, figures: Figures) -> None:
         """From now on requests go to `served`."""
@@ -66,7 +73,11 @@ class CurrentSpan:
 
     def describe(self) -> InfoReply:
         """What a client is told who asks."""
-        return answer_info(self._presence, self._figures, self._dht)
+        return replace(answer_info(self._presence, self._figures, self._dht), load=self.describe_load())
+
+    def statistics(self) -> EngineStatistics | None:
+        """Of the blocks served now, if there are any."""
+        return self._served.statistics() if self._served is not None else None
 
     async def info(self, peer_id: PeerId) -> InfoReply:
         return self.describe()

@@ -88,7 +88,7 @@ class SpanLife:
         await check_computing(span.probe)
         around = self._around
         pings = Pings(span.info, around.network, around.calls, around.random)
-        figures = Figures(span.room, span.waiting, pings)
+        figures = Figures(span.room, span.waiting, pings, span.at_speed)
         watchdog = Watchdog(
             self._presence, around.directory, span.probe, lambda: around.dht.num_contacts, around.events
         )

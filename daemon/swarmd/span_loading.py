@@ -23,6 +23,7 @@ from swarmd import engine
 from swarmd.config import ServerConfig
 from swarmd.device_thread import DeviceThread
 from swarmd.engine import LoadedSpan, OpenedModel
+from swarmd.engine_statistics import engine_statistics
 from swarmd.events import Events
 from swarmd.handler import Served, SpanService
 from swarmd.line_speed import Line
@@ -62,6 +63,7 @@ class ModelLoader:
         opened = self._opened
         self._events("loading", model=opened.checkpoint.name, blocks=str(info.span), dtype=opened.dtype_name)
         loaded = await self._device.run(partial(engine.load, opened, info.span, self._config))
+        speed = loaded.speed
         self._model = weakref.ref(loaded.model)
         pool = loaded.model.new_pool(pages_for(loaded.cache_tokens))
         served = Served(info.model_id, loaded.model, pool, loaded.max_length)
@@ -73,8 +75,9 @@ class ModelLoader:
             online_info(info, loaded, self._line.bits_per_s),
             room=service.memory,
             waiting=service.dispatcher,
-            at_speed=lambda announced: loaded.speed.announced(announced, self._line.bits_per_s),
+            at_speed=lambda announced: speed.announced(announced, self._line.bits_per_s),
             probe=partial(probe, service, info, loaded.model.hidden_size),
+            statistics=partial(engine_statistics, service.dispatcher, service.memory),
         )
 
     async def free(self) -> None:

@@ -3,10 +3,12 @@
 `swarmd/compute_speed.py` measures the one, `swarmd/line_speed.py` the other.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from p2pswarm.core.errors import ConfigError
+from p2pswarm.core.server_info import ServerInfo
+from p2pswarm.placement.throughput import server_throughput
 
 ASSUMED_LINE_BITS_PER_S = 100e6
 """An ordinary line. Only the smaller of compute and network is compared between servers."""
@@ -63,18 +65,38 @@ class Measurement:
 
 
 @dataclass(frozen=True, slots=True)
-class Throughput:
-    """In the units of `ServerInfo`."""
+class SpanSpeed:
+    """All that a span's announced speeds follow from, but for the line."""
 
-    inference_tokens_per_s: float
-    forward_tokens_per_s: float
-    network_tokens_per_s: float
+    compute: ComputeSpeed
+    num_blocks: int
+    token_bytes: int
+    """Of a token's hidden states, on the line."""
+    stated_tokens_per_s: float | None = None
+    """What the operator wants announced for the server as a whole."""
 
+    @property
+    def forward_tokens_per_s(self) -> float:
+        return self.num_blocks / self.compute.prefill_token_s
 
-def throughput_of(speed: ComputeSpeed, num_blocks: int, token_bytes: int, line_bits_per_s: float) -> Throughput:
-    """The figures of a span of `num_blocks` blocks, where a token's hidden state takes `token_bytes` on the line."""
-    return Throughput(
-        inference_tokens_per_s=num_blocks / speed.decode_s,
-        forward_tokens_per_s=num_blocks / speed.prefill_token_s,
-        network_tokens_per_s=line_bits_per_s / (8 * token_bytes),
-    )
+    def network_tokens_per_s(self, line_bits_per_s: float) -> float:
+        return line_bits_per_s / (8 * self.token_bytes)
+
+    def server_tokens_per_s(self, line_bits_per_s: float, *, using_relay: bool) -> float:
+        """What is announced for the server as a whole."""
+        if self.stated_tokens_per_s is not None:
+            return self.stated_tokens_per_s
+        network_tokens_per_s = self.network_tokens_per_s(line_bits_per_s)
+        return server_throughput(
+            self.num_blocks, self.forward_tokens_per_s, network_tokens_per_s, using_relay=using_relay
+        )
+
+    def announced(self, info: ServerInfo, line_bits_per_s: float) -> ServerInfo:
+        """The announcement with these speeds over such a line."""
+        return replace(
+            info,
+            throughput_tokens_per_s=self.server_tokens_per_s(line_bits_per_s, using_relay=info.using_relay),
+            inference_tokens_per_s=self.num_blocks / self.compute.decode_s,
+            forward_tokens_per_s=self.forward_tokens_per_s,
+            network_tokens_per_s=self.network_tokens_per_s(line_bits_per_s),
+        )

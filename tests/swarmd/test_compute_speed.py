@@ -1,13 +1,20 @@
 """A span's speed is measured in a moment, by what the server will run."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.core.errors import ConfigError
+from p2pswarm.core.ids import PeerId
+from p2pswarm.core.span import Span
+from p2pswarm.testing.arithmetic_model import arithmetic_server_info
 from swarmd.compute_speed import measure_compute
-from swarmd.throughput import ComputeSpeed, ThroughputSource, parse_throughput, throughput_of
+from swarmd.throughput import ComputeSpeed, SpanSpeed, ThroughputSource, parse_throughput
+
+INFO = arithmetic_server_info(PeerId("12D3KooWabc"), Span(0, 10), num_model_blocks=30)
 
 
 class TickingClock:
@@ -45,11 +52,21 @@ def test_a_real_measurement_makes_sense(tiny_span: SpanModel) -> None:
     assert speed.batched_decode_s > 0
 
 
-def test_figures_are_by_block_and_by_the_bytes_of_a_token() -> None:
-    throughput = throughput_of(ComputeSpeed(0.02, 0.04, 0.004), num_blocks=10, token_bytes=1250, line_bits_per_s=1e6)
-    assert throughput.inference_tokens_per_s == pytest.approx(500)
-    assert throughput.forward_tokens_per_s == pytest.approx(2500)
-    assert throughput.network_tokens_per_s == pytest.approx(100)
+def test_what_is_announced_follows_from_compute_and_line() -> None:
+    speed = SpanSpeed(ComputeSpeed(0.02, 0.04, 0.004), num_blocks=10, token_bytes=1250)
+    info = speed.announced(INFO, line_bits_per_s=1e7)
+    assert info.inference_tokens_per_s == pytest.approx(500)
+    assert info.forward_tokens_per_s == pytest.approx(2500)
+    assert info.network_tokens_per_s == pytest.approx(1000)
+    assert info.throughput_tokens_per_s == pytest.approx(2500 / 5.5)
+    assert speed.announced(INFO, line_bits_per_s=1e6).throughput_tokens_per_s == pytest.approx(100)
+    relayed = replace(INFO, using_relay=True)
+    assert speed.announced(relayed, line_bits_per_s=1e6).throughput_tokens_per_s == pytest.approx(20)
+
+
+def test_a_stated_throughput_is_announced_as_it_is() -> None:
+    speed = SpanSpeed(ComputeSpeed(0.02, 0.04, 0.004), 10, 1250, stated_tokens_per_s=77.5)
+    assert speed.announced(INFO, line_bits_per_s=1e3).throughput_tokens_per_s == 77.5
 
 
 @pytest.mark.parametrize("source", ThroughputSource)

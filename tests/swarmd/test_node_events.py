@@ -24,6 +24,9 @@ READY = {
     "dtype": "float32",
     "quantization": "none",
     "device": "cpu",
+    "throughput_tokens_per_s": 1163.636,
+    "line_bits_per_s": 100000000,
+    "is_line_known": False,
     "start_s": 1.234,
     "join_command": "swarmd start tiny --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooWabc",
 }
@@ -47,6 +50,7 @@ def test_people_read_what_is_served_and_how_to_join() -> None:
     assert stream.getvalue() == (
         "serving blocks 0:4 of 8 of tiny\n"
         "  as 12D3KooWabc (float32 on cpu, 1.2 s after start)\n"
+        "  announced with 1164 tokens/s, over a line of 100 Mbit/s (assumed: nobody to measure against yet)\n"
         "  others join with: swarmd start tiny --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooWabc\n"
     )
 

@@ -166,7 +166,7 @@ def _add_dtype(command: argparse.ArgumentParser) -> None:
 def _add_hub_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="of the model on the hub")
     command.add_argument("--token", help="for gated models of the hub")
-    command.add_argument("--cache-dir", type=Path, metavar="DIR", help="for downloads from the hub")
+    command.add_argument("--cache-dir", type=Path, metavar="DIR", help="for downloaded and converted weights")
 
 
 def _positive(text: str) -> int:

@@ -60,11 +60,11 @@ class WeightCache:
         while key not in self._held:
             try:
                 file = path.open("rb")
+                fcntl.flock(file, fcntl.LOCK_SH)
             except FileNotFoundError:
                 return None
             except OSError as error:
                 raise self._cannot_use(error) from error
-            fcntl.flock(file, fcntl.LOCK_SH)
             if not _is_at(file, path):  # removed in between
                 file.close()
                 continue
@@ -122,10 +122,10 @@ class WeightCache:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("wb")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
             raise self._cannot_use(error) from error
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
     def _claim(self, partial: Path) -> BinaryIO | None:

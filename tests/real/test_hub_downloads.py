@@ -186,6 +186,20 @@ def test_a_gated_model_with_a_token_without_access_says_so(hub: HubServer) -> No
         open_checkpoint(MODEL, token="hf_other")
 
 
+def test_a_token_that_no_account_has_is_told_from_a_missing_model(hub: HubServer) -> None:
+    hub.unknown_token = "hf_typo"
+
+    with pytest.raises(CheckpointError, match=rf"the hub refuses the token \(401\).*{hub.endpoint}/settings/tokens"):
+        open_checkpoint(MODEL, token="hf_typo")
+
+
+def test_a_hub_that_asks_for_patience_gets_it(hub: HubServer) -> None:
+    hub.statuses = [503]
+
+    assert open_checkpoint(MODEL).tensor_names
+    assert len(hub.large_requests()) == 2
+
+
 def test_a_revision_is_asked_for_by_its_name(hub: HubServer) -> None:
     hub.revisions = (*hub.revisions, "v2")
 

@@ -43,6 +43,10 @@ class HubServer:
     revisions: tuple[str, ...] = ("main", COMMIT)
     good_token: str | None = None
     """With one, the model is gated: its files are for this token only."""
+    unknown_token: str | None = None
+    """One that no account has."""
+    statuses: list[int] = field(default_factory=list)
+    """What the next large answers are instead."""
     cuts: list[int] = field(default_factory=list)
     """After so many bytes of the body the connection of each next large answer is cut."""
     pace: threading.Event | None = None
@@ -79,10 +83,14 @@ class Handler(BaseHTTPRequestHandler):
         token = (self.headers["Authorization"] or "").removeprefix("Bearer ") or None
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(Request(self.command, path, self.headers["Range"], token))
-        if path.startswith(f"/api/models/{MODEL}"):
+        if token is not None and token == self.hub.unknown_token:
+            self._send(b"", {"X-Error-Message": "Invalid credentials in Authorization header"}, status=401)
+        elif path.startswith(f"/api/models/{MODEL}"):
             self._answer_info(path)
         elif path.startswith(f"/{MODEL}/resolve/"):
             self._answer_resolve(*path.removeprefix(f"/{MODEL}/resolve/").split("/", 1), token)
+        elif path.startswith("/storage/") and self.hub.statuses:
+            self._send(b"", {}, status=self.hub.statuses.pop(0))
         elif path.startswith("/storage/"):
             self._send_large(self.hub.folder / path.removeprefix("/storage/"))
         else:

@@ -105,6 +105,13 @@ def _add_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         dest="balance_check_period_s",
         help="seconds between looks whether to move, on average (default: 60)",
     )
+    watching = start.add_argument_group("how to watch it")
+    watching.add_argument(
+        "--stats-period", metavar="S", dest="stats_period_s", help="seconds between lines of statistics (default: none)"
+    )
+    watching.add_argument(
+        "--metrics", metavar="[IP:]PORT", help="serve them to Prometheus, on this machine unless an IP says otherwise"
+    )
 
 
 def _add_bootstrap(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

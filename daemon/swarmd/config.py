@@ -16,6 +16,7 @@ from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
 from p2pswarm.net.addresses import parse_tcp_address, split_peer_address
+from swarmd.http_address import HttpAddress
 from swarmd.kv_size import KVSize, parse_kv_size
 from swarmd.throughput import ThroughputSetting, ThroughputSource, parse_throughput
 
@@ -91,6 +92,10 @@ class ServerConfig(NodeConfig):
     then; 0: never."""
     balance_check_period_s: float = 60.0
     """Between two looks whether to move, on average."""
+    stats_period_s: float = 0.0
+    """Between two `statistics` events; 0: none."""
+    metrics: HttpAddress | None = None
+    """Where Prometheus may ask for statistics; None: nowhere."""
 
     def __post_init__(self) -> None:
         NodeConfig.__post_init__(self)
@@ -105,6 +110,7 @@ class ServerConfig(NodeConfig):
         _check(0 <= self.balance_quality <= 1, "balance_quality", "a part from 0 to 1", self.balance_quality)
         period_s = self.balance_check_period_s
         _check(0 < period_s < float("inf"), "balance_check_period_s", "seconds above 0", period_s)
+        _check(0 <= self.stats_period_s < float("inf"), "stats_period_s", "seconds from 0", self.stats_period_s)
         _check(
             len(self.name) <= MAX_NAME_LETTERS and self.name.isprintable(),
             "name",
@@ -219,6 +225,10 @@ def _text_or_number(name: str, value: object) -> str:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else _text(name, value)
 
 
+def _http_address(name: str, value: object) -> HttpAddress:
+    return HttpAddress.parse(str(value) if type(value) is int else _text(name, value))
+
+
 def _wrong_kind(name: str, wanted: str, value: object) -> ConfigError:
     return ConfigError(f"{_key(name)}: wanted {wanted}, got {value!r}")
 
@@ -248,6 +258,8 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "kv_cache": _kv_size,
     "throughput": _throughput,
     "grace_period_s": _number,
+    "stats_period_s": _number,
+    "metrics": _http_address,
     "balance_quality": _number,
     "balance_check_period_s": _number,
 }

@@ -11,7 +11,7 @@ A stop comes at any moment, also in the middle of a start or a move. Decides not
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -39,14 +39,17 @@ from swarmd.config import ServerConfig
 from swarmd.device_thread import DeviceThread, open_device_thread
 from swarmd.events import Events
 from swarmd.identity_file import known_peers_path
+from swarmd.line_speed import Line, RememberedLine
 from swarmd.listen import listen_addresses
 from swarmd.lookout import Lookout
+from swarmd.monitor import Monitor
 from swarmd.presence import Presence
 from swarmd.self_description import joining_info, ready_fields
 from swarmd.served_span import CurrentSpan
 from swarmd.span_life import SpanLife
 from swarmd.stopping import unless
 from swarmd.surroundings import Surroundings
+from swarmd.throughput import ThroughputSource
 from swarmd.weight_progress import WeightProgress
 
 if TYPE_CHECKING:
@@ -88,7 +91,10 @@ async def serve(
             running = await unless(stop, partial(_start, config, around, device, nursery))
             if running is not None:
                 start_s = clock.unix_time_s() - started_unix_s
-                events("ready", **ready_fields(config, running.presence.info, str(running.opened.device), start_s))
+                info, device_name = running.presence.info, str(running.opened.device)
+                monitor = Monitor(running.presence, running.current, running.rpc, running.life, network.traffic)
+                await nursery.start(monitor.run, config, events)
+                events("ready", **ready_fields(config, info, running.line, device_name, start_s))
                 await unless(stop, running.life.serve)
                 await _drain(config, around, running)
         except SwarmingError:
@@ -106,7 +112,9 @@ class Running:
     opened: "OpenedModel"
     presence: Presence
     rpc: RpcServer
+    current: CurrentSpan
     life: SpanLife
+    line: Line
 
 
 async def _start(config: ServerConfig, around: Surroundings, device: DeviceThread, nursery: trio.Nursery) -> Running:
@@ -121,7 +129,12 @@ async def _start(config: ServerConfig, around: Surroundings, device: DeviceThrea
         around.events("warning", message=opened.warning)
     num_blocks = await _num_blocks_to_choose(config, device, opened, around.events)
     told = config.blocks or Span(0, opened.num_blocks)
-    presence = Presence(around.announcer, joining_info(config, around.network, opened, told))
+    info = replace(joining_info(config, around.network, opened, told), is_pinned=num_blocks is None)
+    presence = Presence(around.announcer, info)
+    line = Line(
+        RememberedLine(around.network.addresses, around.clock),
+        is_measured_anew=config.throughput is ThroughputSource.EVAL,
+    )
     current = CurrentSpan(presence, around.dht)
     rpc = RpcServer(around.network, current)
     await nursery.start(rpc.run)
@@ -130,7 +143,7 @@ async def _start(config: ServerConfig, around: Surroundings, device: DeviceThrea
         presence,
         current,
         rpc,
-        ModelLoader(opened, config, device, current.describe, around.events),
+        ModelLoader(opened, config, device, current.describe, around.events, line),
         None if num_blocks is None else _balancing(config, around, presence),
         grace_period_s=config.grace_period_s,
     )
@@ -141,7 +154,10 @@ async def _start(config: ServerConfig, around: Surroundings, device: DeviceThrea
             await joined.wait()
             await take_worst_served(num_blocks, presence, around.directory)
         await life.begin()
-    return Running(opened, presence, rpc, life)
+    nursery.start_soon(
+        line.measure, opened.model_id, around.directory, around.network, around.calls, around.random, around.events
+    )
+    return Running(opened, presence, rpc, current, life, line)
 
 
 def _import_engine() -> None:

@@ -35,7 +35,7 @@ from p2pswarm.net.connection import Connection, ConnectionStream
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.idleness import idle_since_before, longest_idle
 from p2pswarm.net.negotiation import answer, propose
-from p2pswarm.net.network import Network, Stream, StreamHandler
+from p2pswarm.net.network import Stream, StreamHandler
 from p2pswarm.net.serving import run_handler
 from p2pswarm.net.shared_calls import SharedCalls
 from p2pswarm.net.traffic import Traffic
@@ -60,7 +60,7 @@ async def open_network(
     listen: Sequence[str] = (),
     announce: Sequence[str] = (),
     config: NetworkConfig = DEFAULT_CONFIG,
-) -> AsyncIterator[Network]:
+) -> AsyncIterator["Host"]:
     """A running node that listens on the given multiaddrs (none: it only dials). Raises `ConfigError`: taken port.
 
     `announce`: what others are told to dial, where that is not what it listens on (a forwarded port).

@@ -138,7 +138,7 @@ async def neighbour(world: World, *, task_status: trio.TaskStatus[None]) -> None
 
 
 async def survive(attacks: Attacks, delay_s: float) -> None:
-    limits = RpcLimits(idle_session_timeout_s=20, idle_stream_timeout_s=20, call_timeout_s=5)
+    limits = RpcLimits(idle_session_timeout_s=20, idle_stream_timeout_s=20, call_timeout_s=5, push_wait_s=2)
     answers: list[Message] = []
 
     async def play(world: World, sent: list[tuple[bytes, float]], ending: str) -> None:

@@ -9,7 +9,7 @@ async with open_swarm(["/ip4/192.0.2.7/tcp/31337/p2p/12D3KooW..."]) as swarm:
 
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from p2pswarm.blocks.client_model import load_client_model
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from p2pswarm.checkpoint.progress import ProgressListener
+from p2pswarm.checkpoint.progress import Progress, ProgressListener
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.dispatch import BlocksDispatch, Call
 from p2pswarm.client.distributed_model import DistributedModel
@@ -69,13 +69,18 @@ class Swarm:
         """The model (a folder, a hub id or a `.gguf` file) with its blocks in this swarm.
 
         `dtype` is that of the part that runs here; None: what most servers compute in. `listener` is told, in another
-        thread, what is downloaded or converted. `call` is the way into this loop from the threads in which the model
-        itself is run.
+        thread, what is downloaded or converted. Cancelled, a download ends within a moment; the next one goes on from
+        there. `call` is the way into this loop from the threads in which the model itself is run.
         Raises `CheckpointError`, `UnsupportedModelError`, `ModelNotFound` when nobody serves the model.
         """
 
+        def tell(progress: Progress) -> None:
+            with suppress(RuntimeError):  # in a thread that is not this loop's, where nothing can be cancelled
+                trio.from_thread.check_cancelled()
+            listener(progress)
+
         def read() -> tuple[Checkpoint, ModelId]:
-            checkpoint = open_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir, listener=listener)
+            checkpoint = open_checkpoint(model, revision=revision, token=token, cache_dir=cache_dir, listener=tell)
             return checkpoint, checkpoint.model_id
 
         checkpoint, model_id = await trio.to_thread.run_sync(read)

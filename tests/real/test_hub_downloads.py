@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -312,3 +313,29 @@ def test_a_server_that_cannot_have_its_weights_says_why_in_a_line(
     assert done.returncode == 1
     assert complaint in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_client_interrupted_in_its_download_leaves_at_once_and_keeps_what_it_has(
+    hub: HubServer, tmp_path: Path
+) -> None:
+    open_checkpoint(MODEL).tensor_names  # noqa: B018 - the header is here now
+    environment = server_environment(hub, tmp_path)
+    serve_folder = swarmd_command(hub, "--kv-cache", "1024 tokens")
+    serve_folder[serve_folder.index(MODEL)] = str(hub.folder)
+    with subprocess.Popen(serve_folder, env=environment, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        ready = next(event for event in map(json.loads, server.stdout) if event["event"] == "ready")
+        hub.pace = threading.Event()
+        generate = ["generate", MODEL, "once", "--peers", ready["addresses"][-1]]
+        with subprocess.Popen([sys.executable, "-m", "swarm_cli", *generate], env=environment) as client:
+            cache = tmp_path / "cache"
+            wait_until(lambda: any(path.stat().st_size for path in cache.rglob("*.partial")), client)
+            client.send_signal(signal.SIGINT)
+            time.sleep(1.0)
+            hub.pace.set()
+        server.terminate()
+
+    assert client.returncode == 130
+    assert list(cache.rglob("*.partial"))
+    assert not list(cache.rglob("*.safetensors"))

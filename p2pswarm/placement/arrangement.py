@@ -9,6 +9,7 @@ circles, and still make progress where there are several worst blocks far apart,
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,10 +17,22 @@ from numpy.typing import NDArray
 from p2pswarm.core.span import Span
 from p2pswarm.placement.windows import worst_window
 
-MAX_ROUNDS = 20
+MAX_ROUNDS = 8
 """Over all servers. A few are enough; a bound on what a check may cost."""
 
 Whole = NDArray[np.int64]
+
+
+@lru_cache(maxsize=8)  # a swarm that has not changed since the last check is not planned for again
+def planned_spans(
+    num_model_blocks: int, spans: tuple[Span, ...], throughputs: tuple[int, ...], movable: tuple[int, ...]
+) -> tuple[Span, ...]:
+    """Where the servers should be: as they are, but for those moves that together raise the minimum."""
+    now = Arrangement(num_model_blocks, spans, throughputs)
+    planned = Arrangement(num_model_blocks, spans, throughputs)
+    planned.improve(movable)
+    planned.move_back_the_needless(spans)
+    return tuple(planned.spans) if planned.minimum > now.minimum else spans
 
 
 class Arrangement:
@@ -41,9 +54,6 @@ class Arrangement:
     def upper_bound(self) -> float:
         """What the minimum cannot exceed, however the servers are arranged: the average over the blocks."""
         return float(self._blocks.mean())
-
-    def copy(self) -> "Arrangement":
-        return Arrangement(len(self._blocks), self.spans, self._throughputs)
 
     def move(self, index: int, span: Span) -> None:
         """Lets the server of that index hold other blocks."""
@@ -68,10 +78,10 @@ class Arrangement:
             if not has_moved:
                 return
 
-    def move_back_the_needless(self, before: "Arrangement") -> None:
-        """Leaves the servers where they were `before` whose move does not raise the minimum."""
+    def move_back_the_needless(self, before: Sequence[Span]) -> None:
+        """Lets servers go back to where they were `before` as long as that does not lower the minimum."""
         wanted = self.minimum
-        for index, span in enumerate(before.spans):
+        for index, span in enumerate(before):
             if span != self.spans[index] and self._after_move(index, span).min() >= wanted:
                 self.move(index, span)
 
@@ -92,5 +102,5 @@ class Arrangement:
         return Span(start, start + num_blocks)
 
     def _least_needed_first(self, movable: Sequence[int]) -> list[int]:
-        """Those first whose worst-served block is served best: they cost least when they leave."""
+        """Those first whose worst-served block is served best, who cost least when they leave; else in order."""
         return sorted(movable, key=lambda index: -self._blocks[self.spans[index].start : self.spans[index].end].min())

@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
-from p2pswarm.placement.arrangement import Arrangement
+from p2pswarm.placement.arrangement import Arrangement, planned_spans
 from p2pswarm.placement.throughput import counted_throughputs
 
 UNITS_PER_TOKEN_PER_S = 1000
@@ -57,20 +57,26 @@ def should_move(own: ServerInfo, servers: Iterable[ServerInfo], balance_quality:
     everyone = {server.peer_id: server for server in servers} | {own.peer_id: own}
     seen = [_as_seen(server, own) for server in everyone.values() if server.num_model_blocks == own.num_model_blocks]
     counted = counted_throughputs(seen)
-    now = Arrangement(
-        own.num_model_blocks, [span for _, span, _ in counted], [_units(throughput) for _, _, throughput in counted]
-    )
+    spans = tuple(span for _, span, _ in counted)
+    throughputs = tuple(_units(throughput) for _, _, throughput in counted)
+    now = Arrangement(own.num_model_blocks, spans, throughputs)
     contentment = balance_quality - STAY_BIAS
     if now.minimum >= contentment * now.upper_bound:
         return None
-    planned = now.copy()
-    planned.improve([index for index, (server, _, _) in enumerate(counted) if _may_move(server)])
-    if now.minimum >= contentment * planned.minimum:
-        return None
-    planned.move_back_the_needless(now)
+    movable = [index for index, (server, _, _) in enumerate(counted) if _may_move(server)]
     own_index = next(index for index, (server, _, _) in enumerate(counted) if server.peer_id == own.peer_id)
+    if own.next_span is not None:
+        movable.sort(key=lambda index: index != own_index)  # of servers that would do as well, the one that has said so
+    planned = Arrangement(
+        own.num_model_blocks, planned_spans(own.num_model_blocks, spans, throughputs, tuple(movable)), throughputs
+    )
     span = planned.spans[own_index]
-    if span == own.span or not now.is_better_after(own_index, span) or not _can_be_spared(own, seen):
+    if (
+        span == own.span
+        or now.minimum >= contentment * planned.minimum
+        or not now.is_better_after(own_index, span)
+        or not _can_be_spared(own, seen)
+    ):
         return None
     return Move(span, planned.minimum / now.minimum if now.minimum else math.inf)
 

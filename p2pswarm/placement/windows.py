@@ -14,11 +14,8 @@ def worst_window(throughputs: Throughputs, num_blocks: int) -> int:
 
     Windows are compared by their worst block, then by their second worst and so on; ties go to the front.
     """
-    sorted_windows = np.sort(np.lib.stride_tricks.sliding_window_view(throughputs, num_blocks), axis=1)
-    remaining = np.arange(len(sorted_windows))
-    for column in sorted_windows.T:
-        values = column[remaining]
-        remaining = remaining[values == values.min()]
-        if len(remaining) == 1:
-            break
-    return int(remaining[0])
+    windows = np.lib.stride_tricks.sliding_window_view(throughputs, num_blocks)
+    worst_blocks = windows.min(axis=1)
+    candidates = np.flatnonzero(worst_blocks == worst_blocks.min())  # most windows need not be sorted
+    sorted_windows = np.sort(windows[candidates], axis=1).tolist()
+    return int(candidates[min(range(len(candidates)), key=sorted_windows.__getitem__)])

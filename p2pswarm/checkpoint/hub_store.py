@@ -1,18 +1,14 @@
 """Tensors of a model on the hub, by parts: of a file of gigabytes, only what belongs to the blocks asked for.
 
-Tensors are fetched in groups: those of one block (all whose names agree up to their first number), and each other one
-by itself. A group becomes a small safetensors file in the weight cache, filled from the ranges of the hub's files in
-which its tensors lie; most writers put a block's tensors side by side, so that it is one range. Cut off, it goes on
-from where it was. Sizes are checked against header and hub, and the sha256 of each file whose tensors are all here.
+Tensors are fetched in groups, those of a block together (`tensor_groups.py`). A group becomes a small safetensors file
+in the weight cache, filled from the ranges of the hub's files in which its tensors lie. Cut off, it goes on from where
+it was. Sizes are checked against header and hub, and the sha256 of each file whose tensors are all here.
 """
 
 import hashlib
-import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
-from itertools import groupby
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -21,13 +17,12 @@ import torch
 from p2pswarm.checkpoint.cache_directory import write_atomically
 from p2pswarm.checkpoint.local_folder import SINGLE_FILE_NAME
 from p2pswarm.checkpoint.progress import Progress, ProgressListener, Work
-from p2pswarm.checkpoint.safetensors_header import LENGTH, TensorPlace, header_size, make_header, parse_header
+from p2pswarm.checkpoint.safetensors_header import LENGTH, TensorPlace, header_size, parse_header
 from p2pswarm.checkpoint.safetensors_store import SafetensorsStore
+from p2pswarm.checkpoint.tensor_groups import Group, Part, group_of, make_group, ranges_of
 from p2pswarm.checkpoint.weight_cache import WHOLE_SUFFIX, WeightCache
 from p2pswarm.core.errors import CheckpointError
 
-FIRST_NUMBER = re.compile(r"^(?:.*?\.)?\d+(?=\.)")
-"""`model.layers.12` of `model.layers.12.mlp.experts.3.up_proj.weight`."""
 PROBABLE_HEADER_BYTES = 1 << 16
 """64 KiB hold the headers of most files: one request instead of two."""
 CHUNK_BYTES = 1 << 22
@@ -60,56 +55,6 @@ class RemoteFile(Protocol):
     def sha256(self) -> str | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
-    """A tensor and the hub's file that has it."""
-
-    file_name: str
-    place: TensorPlace
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Tensors that are kept in one file of the cache, in the order of `parts`."""
-
-    key: str
-    header: bytes
-    parts: tuple[Part, ...]
-
-    @property
-    def size_bytes(self) -> int:
-        return len(self.header) + sum(part.place.size_bytes for part in self.parts)
-
-    def position_of(self, wanted: Part) -> int:
-        """Where a tensor begins in the group's file."""
-        before = self.parts[: self.parts.index(wanted)]
-        return len(self.header) + sum(part.place.size_bytes for part in before)
-
-
-def group_of(tensor_name: str) -> str:
-    """The name of the block, or of the tensor itself where it is in none."""
-    match = FIRST_NUMBER.match(tensor_name)
-    return match.group() if match else tensor_name
-
-
-def make_group(key: str, parts: Iterable[Part]) -> Group:
-    ordered = tuple(sorted(parts, key=lambda part: (part.file_name, part.place.start)))
-    return Group(key, make_header(part.place for part in ordered), ordered)
-
-
-def ranges_of(parts: Iterable[Part]) -> Iterator[tuple[str, int, int]]:
-    """File name, start and end of each stretch of bytes without a gap."""
-    for file_name, in_file in groupby(parts, lambda part: part.file_name):
-        places = [part.place for part in in_file]
-        start = end = places[0].start
-        for place in places:
-            if place.start != end:
-                yield file_name, start, end
-                start = place.start
-            end = place.end
-        yield file_name, start, end
-
-
 class HubStore:
     """A `TensorStore`. Files that were downloaded whole by other means are read where they lie."""
 
@@ -121,7 +66,7 @@ class HubStore:
         self._headers: dict[str, dict[str, TensorPlace]] = {}
         """Of each file that was looked into: its tensors by name, in the order in which they lie."""
         self._here: dict[str, Group] = {}
-        """Groups that were asked for, by name; all of them are in the cache."""
+        """Groups that were asked for, by name; all of them are in the cache, and held there."""
 
     @property
     def tensor_names(self) -> frozenset[str]:
@@ -196,12 +141,16 @@ class HubStore:
 
     def _raw_header(self, file_name: str) -> bytes:
         """As it is in the hub's file. Kept in the cache beside the groups, for a start without the hub."""
-        path = self._cache.folder / self._folder / f"{file_name}.header"
+        path = self._header_path(file_name)
         if path.exists():
             return path.read_bytes()
         header = self._read_header(file_name)
+        parse_header(header, self._remote.file(file_name).size_bytes, file_name)  # nothing damaged is kept
         write_atomically(path, lambda temporary: temporary.write_bytes(header))
         return header
+
+    def _header_path(self, file_name: str) -> Path:
+        return self._cache.folder / self._folder / f"{file_name}.header"
 
     def _read_header(self, file_name: str) -> bytes:
         file_bytes = self._remote.file(file_name).size_bytes
@@ -219,30 +168,35 @@ class HubStore:
         """Raises `CheckpointError` where all of a file is here and is not what the hub says it is."""
         expected = self._remote.file(file_name).sha256
         places = self._header(file_name)
-        if expected is None or any(group_of(name) not in self._here for name in places):
+        groups = [self._here[name] for name in {group_of(name) for name in places} & self._here.keys()]
+        positions = {tensor: (group.key, at) for group in groups for tensor, at in group.positions().items()}
+        if expected is None or any((file_name, name) not in positions for name in places):
             return
         digest = hashlib.sha256(self._raw_header(file_name))
-        for place in places.values():
-            for chunk in self._stored(Part(file_name, place)):
+        for name, place in places.items():
+            key, position = positions[file_name, name]
+            for chunk in _bytes_at(self._cache.folder / key, position, place.size_bytes):
                 digest.update(chunk)
-        if digest.hexdigest() == expected:
-            return
-        for name in {group_of(name) for name in places}:
-            self._cache.remove(self._here.pop(name).key)
-        raise CheckpointError(
-            f"{file_name} of {self._remote.name} arrived damaged: its sha256 is {digest.hexdigest()}, the hub states "
-            f"{expected}; it has been removed, start again to download it again"
-        )
+        if digest.hexdigest() != expected:
+            self._remove(file_name)
+            raise CheckpointError(
+                f"{file_name} of {self._remote.name} arrived damaged: its sha256 is {digest.hexdigest()}, the hub "
+                f"states {expected}; it has been removed, start again to download it again"
+            )
 
-    def _stored(self, part: Part) -> Iterator[bytes]:
-        """A tensor's bytes in the cache."""
-        group = self._here[group_of(part.place.name)]
-        with (self._cache.folder / group.key).open("rb") as file:
-            file.seek(group.position_of(part))
-            left_bytes = part.place.size_bytes
-            while left_bytes and (chunk := file.read(min(CHUNK_BYTES, left_bytes))):
-                left_bytes -= len(chunk)
-                yield chunk
+    def _remove(self, file_name: str) -> None:
+        """Removes whatever came from a file."""
+        for name in {group_of(name) for name in self._headers.pop(file_name)}:
+            self._cache.remove(self._here.pop(name).key)
+        self._header_path(file_name).unlink()
+
+
+def _bytes_at(path: Path, position: int, num_bytes: int) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        file.seek(position)
+        while num_bytes and (chunk := file.read(min(CHUNK_BYTES, num_bytes))):
+            num_bytes -= len(chunk)
+            yield chunk
 
 
 class _Download:

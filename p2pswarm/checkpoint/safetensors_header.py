@@ -85,4 +85,7 @@ def _place(name: str, entry: Mapping[str, Any], offset: int) -> TensorPlace:
     start, end = entry["data_offsets"]
     if not (isinstance(start, int) and isinstance(end, int) and start >= 0):
         raise ValueError(f"{name} has the offsets {start!r}, {end!r}")
-    return TensorPlace(name, str(entry["dtype"]), tuple(entry["shape"]), offset + start, offset + end)
+    shape = tuple(entry["shape"])
+    if not all(isinstance(size, int) for size in shape):
+        raise ValueError(f"{name} has the shape {shape!r}")
+    return TensorPlace(name, str(entry["dtype"]), shape, offset + start, offset + end)

@@ -119,8 +119,8 @@ class WeightCache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Nobody else looks through this cache meanwhile, or changes which files there are."""
+        self._make_folder()
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             lock = (self.folder / ".lock").open("wb")
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError as error:
@@ -170,16 +170,22 @@ class WeightCache:
                     partial.unlink()  # with its claim
                 raise self._no_room(size_bytes)
             for path in removable:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def _state(self) -> DiskState:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self._make_folder()
         files = [_cached_file(path) for path in self.folder.rglob("*") if _is_weights(path)]
         return DiskState(
             files=[file for file in files if file is not None],
             free_bytes=self._free_bytes(self.folder),
             max_bytes=self._max_bytes,
         )
+
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._cannot_use(error) from error
 
     def _no_room(self, wanted_bytes: int) -> ConfigError:
         state = self._state()

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from p2pswarm.checkpoint.hub import HubFile
-from p2pswarm.checkpoint.hub_store import PROBABLE_HEADER_BYTES, HubStore, group_of
+from p2pswarm.checkpoint.hub_store import PROBABLE_HEADER_BYTES, HubStore
 from p2pswarm.checkpoint.progress import Progress
+from p2pswarm.checkpoint.tensor_groups import group_of
 from p2pswarm.checkpoint.weight_cache import WeightCache
 from p2pswarm.core.errors import CheckpointError
 
@@ -192,6 +193,28 @@ def test_a_whole_file_with_another_sha256_is_removed(tmp_path: Path) -> None:
 
     groups = {path.stem for path in tmp_path.rglob("*.safetensors")}
     assert groups == {"embed.weight", "model.layers.0"}
+
+
+def test_a_damaged_header_is_not_kept(tmp_path: Path) -> None:
+    files = FilesInMemory(NAMES)
+    true_content = save(files.tensors, metadata={"note": "fine"})
+    files.hashes["model.safetensors"] = hashlib.sha256(true_content).hexdigest()
+    for damaged in (true_content.replace(b"fine", b"find"), true_content.replace(b'{"', b'["', 1)):
+        files.contents["model.safetensors"] = damaged
+        with pytest.raises(CheckpointError, match="damaged"):
+            store_of(files, tmp_path).read(NAMES)
+    files.contents["model.safetensors"] = true_content
+
+    check(store_of(files, tmp_path), files, NAMES)
+
+
+def test_a_file_may_hold_tensors_that_the_index_leaves_out(tmp_path: Path) -> None:
+    files = FilesInMemory(NAMES[:4], NAMES[4:])
+    assert files.index is not None
+    files.index = {name: file for name, file in files.index.items() if name != "model.layers.0.a"}
+    names = tuple(files.index)
+
+    check(store_of(files, tmp_path), files, names)
 
 
 def test_a_tensor_that_the_index_names_and_its_file_lacks_is_named(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def entry(start: object, end: object) -> dict[str, object]:
         ({"a": entry(-4, 4)}, 4, "damaged header"),
         ({"a": entry("0", 4)}, 4, "damaged header"),
         ({"a": {"dtype": "U8"}}, 4, "damaged header"),
+        ({"a": {**entry(0, 4), "shape": [[4]]}}, 4, "damaged header"),
         ({"a": 5}, 4, "damaged header"),
         ([], 0, "damaged header"),
     ],

@@ -68,6 +68,11 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
 def _status_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", nargs="?", help="its name or id; default: every model of the swarm")
     _add_peers(command)
+    command.add_argument(
+        "--details",
+        action="store_true",
+        help="ask each server how busy it is: sessions, speed, KV cache, bytes, errors",
+    )
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 

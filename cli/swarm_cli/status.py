@@ -13,6 +13,7 @@ from p2pswarm.client.membership import join_swarm
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
 from swarm_cli.announced import AnnouncedModel, find_models
+from swarm_cli.loads import Loads, ask_loads, load_as_json, load_table
 from swarm_cli.route_words import server_name
 from swarm_cli.run_async import run_async
 
@@ -22,25 +23,31 @@ MAX_NEXT_SHOWN = 2
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command; its exit status."""
-    models = run_async(partial(_look_around, arguments.peers, arguments.model))
+    models, loads = run_async(partial(_look_around, arguments.peers, arguments.model, arguments.details))
     if arguments.json:
-        print(json.dumps({"models": [as_json(model) for model in models]}))
+        print(json.dumps({"models": [as_json(model, loads) for model in models]}))
         return 0
     console = Console()
     if not models:
         console.print("No model is announced in this swarm. Start one: swarmd start MODEL --peers ...")
     for model in models:
         print_model(console, model)
+        if loads is not None:
+            console.print(load_table(model, loads))
     return 0
 
 
-async def _look_around(peers: list[str], wanted: str | None) -> list[AnnouncedModel]:
+async def _look_around(
+    peers: list[str], wanted: str | None, details: bool
+) -> tuple[list[AnnouncedModel], Loads | None]:
     async with join_swarm(peers) as membership:
-        return await find_models(membership, wanted)
+        models = await find_models(membership, wanted)
+        servers = [server for model in models for server in model.servers]
+        return models, await ask_loads(membership, servers) if details else None
 
 
-def as_json(model: AnnouncedModel) -> dict[str, Any]:
-    """What `--json` prints of one model."""
+def as_json(model: AnnouncedModel, loads: Loads | None = None) -> dict[str, Any]:
+    """What `--json` prints of one model; with `loads`, those of its servers too, null where there is no answer."""
     return {
         "model_id": model.model_id,
         "num_blocks": model.num_blocks,
@@ -62,6 +69,7 @@ def as_json(model: AnnouncedModel) -> dict[str, Any]:
                 "next_rtts_s": dict(server.next_rtts_s),
                 "version": server.version,
                 "addresses": list(server.addresses),
+                **({} if loads is None else {"load": load_as_json(loads.get(server.peer_id))}),
             }
             for server in model.servers
         ],

@@ -139,6 +139,8 @@ def test_status_shows_models_servers_and_coverage(world: World) -> None:
     table = world.swarm("status", "tiny-llama", "--peers", world.address)
     assert table.returncode == 0
     assert "8 blocks, all served" in table.stdout
+    detailed = json.loads(world.swarm("status", "--details", "--peers", world.address, "--json").stdout)
+    assert all(server["load"]["cache_tokens_total"] > 0 for server in detailed["models"][0]["servers"])
 
 
 def test_route_shows_the_chain_that_generate_would_use(world: World) -> None:

@@ -29,7 +29,7 @@ from p2pswarm.testing.running_sum_service import (
     sum_server_info,
     wire_rows,
 )
-from p2pswarm.wire.messages import Forward, ForwardReply, InfoReply, SessionOpened, WireTensor
+from p2pswarm.wire.messages import ErrorCode, Forward, ForwardReply, InfoReply, SessionOpened, WireTensor
 from p2pswarm.wire.serialization import encode_message
 
 BATCH = Forward(SUM_MODEL, SUM_SPAN, wire_rows([[1, 2, 3], [4, 5, 6]]))
@@ -210,3 +210,24 @@ async def test_answers_that_do_not_fit_are_refused(
         world.serve_instead(answer_anything)
         with pytest.raises(error, match=complaint):
             await world.client.forward(world.peer_id, BATCH, TIMEOUT_S)
+
+
+async def test_refusals_are_counted_by_what_the_peer_is_told(autojump_clock: MockClock) -> None:
+    async with open_world() as world:
+        await world.client.forward(world.peer_id, BATCH, TIMEOUT_S)
+        assert world.server.statistics().errors == {}
+        for _ in range(2):
+            with pytest.raises(RequestRefused):
+                await world.client.forward(
+                    world.peer_id, dataclasses.replace(BATCH, model_id=ModelId("other@0")), TIMEOUT_S
+                )
+        assert world.server.statistics().errors == {ErrorCode.BAD_REQUEST: 2}
+
+
+async def test_sessions_are_counted_by_peer(autojump_clock: MockClock) -> None:
+    async with open_world() as world:
+        async with world.open_session("one"), world.open_session("two"), world.open_session("three", other=True):
+            sessions = world.server.statistics().sessions_by_peer
+            assert sorted(sessions.values()) == [1, 2]
+        await world.until_quiet()
+        assert world.server.statistics().sessions_by_peer == {}

@@ -48,6 +48,7 @@ sim: setup
 	$(BIN)/python -m simulations.dht.run
 	$(BIN)/python -m simulations.routing.run
 	$(BIN)/python -m simulations.churn.run --quick
+	$(BIN)/python -m simulations.load_balancing.run --quick
 	$(BIN)/python -m simulations.failover.run --generations 3
 
 wheel: setup

@@ -9,6 +9,7 @@ circles, and still make progress where there are several worst blocks far apart,
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -23,16 +24,36 @@ MAX_ROUNDS = 8
 Whole = NDArray[np.int64]
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where the servers should be, and what the swarm has of it."""
+
+    spans: tuple[Span, ...]
+    minimum_now: int
+    minimum: int
+    """When all are there."""
+
+
 @lru_cache(maxsize=8)  # a swarm that has not changed since the last check is not planned for again
-def planned_spans(
-    num_model_blocks: int, spans: tuple[Span, ...], throughputs: tuple[int, ...], movable: tuple[int, ...]
-) -> tuple[Span, ...]:
-    """Where the servers should be: as they are, but for those moves that together raise the minimum."""
-    now = Arrangement(num_model_blocks, spans, throughputs)
-    planned = Arrangement(num_model_blocks, spans, throughputs)
-    planned.improve(movable)
-    planned.move_back_the_needless(spans)
-    return tuple(planned.spans) if planned.minimum > now.minimum else spans
+def plan(
+    num_model_blocks: int,
+    spans: tuple[Span, ...],
+    throughputs: tuple[int, ...],
+    movable: tuple[int, ...],
+    contentment: float,
+) -> Plan:
+    """The servers as they are, but for those moves that together raise the minimum.
+
+    Nothing is planned where the minimum is at least `contentment` times what it could be at most. Else the search takes
+    up to half a second for a thousand servers that are placed badly, on models of a hundred blocks.
+    """
+    arrangement = Arrangement(num_model_blocks, spans, throughputs)
+    minimum_now = arrangement.minimum
+    if minimum_now >= contentment * arrangement.upper_bound:
+        return Plan(spans, minimum_now, minimum_now)
+    arrangement.improve(movable)
+    arrangement.move_back_the_needless(spans)
+    return Plan(tuple(arrangement.spans), minimum_now, arrangement.minimum)
 
 
 class Arrangement:
@@ -41,9 +62,10 @@ class Arrangement:
     def __init__(self, num_model_blocks: int, spans: Sequence[Span], throughputs: Sequence[int]) -> None:
         self.spans = list(spans)
         self._throughputs = throughputs
-        self._blocks: Whole = np.zeros(num_model_blocks, np.int64)
-        for index, span in enumerate(spans):
-            self._blocks[span.start : span.end] += throughputs[index]
+        changes = np.zeros(num_model_blocks + 1, np.int64)
+        np.add.at(changes, [span.start for span in spans], throughputs)
+        np.subtract.at(changes, [span.end for span in spans], throughputs)
+        self._blocks: Whole = np.cumsum(changes[:-1])
 
     @property
     def minimum(self) -> int:

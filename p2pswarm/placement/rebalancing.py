@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
-from p2pswarm.placement.arrangement import Arrangement, planned_spans
+from p2pswarm.placement.arrangement import Arrangement, plan
 from p2pswarm.placement.throughput import counted_throughputs
 
 UNITS_PER_TOKEN_PER_S = 1000
@@ -59,26 +59,21 @@ def should_move(own: ServerInfo, servers: Iterable[ServerInfo], balance_quality:
     counted = counted_throughputs(seen)
     spans = tuple(span for _, span, _ in counted)
     throughputs = tuple(_units(throughput) for _, _, throughput in counted)
-    now = Arrangement(own.num_model_blocks, spans, throughputs)
-    contentment = balance_quality - STAY_BIAS
-    if now.minimum >= contentment * now.upper_bound:
-        return None
     movable = [index for index, (server, _, _) in enumerate(counted) if _may_move(server)]
     own_index = next(index for index, (server, _, _) in enumerate(counted) if server.peer_id == own.peer_id)
     if own.next_span is not None:
         movable.sort(key=lambda index: index != own_index)  # of servers that would do as well, the one that has said so
-    planned = Arrangement(
-        own.num_model_blocks, planned_spans(own.num_model_blocks, spans, throughputs, tuple(movable)), throughputs
-    )
+    contentment = balance_quality - STAY_BIAS
+    planned = plan(own.num_model_blocks, spans, throughputs, tuple(movable), contentment)
     span = planned.spans[own_index]
     if (
         span == own.span
-        or now.minimum >= contentment * planned.minimum
-        or not now.is_better_after(own_index, span)
+        or planned.minimum_now >= contentment * planned.minimum
+        or not Arrangement(own.num_model_blocks, spans, throughputs).is_better_after(own_index, span)
         or not _can_be_spared(own, seen)
     ):
         return None
-    return Move(span, planned.minimum / now.minimum if now.minimum else math.inf)
+    return Move(span, planned.minimum / planned.minimum_now if planned.minimum_now else math.inf)
 
 
 def _as_seen(server: ServerInfo, own: ServerInfo) -> ServerInfo:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -27,6 +28,8 @@ from p2pswarm.core.span import Span
 
 Attend = Callable[..., tuple[torch.Tensor, Any]]
 
+UNUSUAL_ARGUMENTS = ("softcap", "position_bias", "cache")
+"""What transformers' function for `sdpa` heeds beside `scaling`; the rest is for others, or for several tokens."""
 PREFIX = "rows_by_"
 """Before the name of the implementation that attends for each row."""
 
@@ -89,7 +92,7 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         stored.index_copy_(1, self._rows.new_slots, states.squeeze(2).transpose(0, 1))
         batched = stored[None]
         return [
-            stored[:, visible][None] if isinstance(visible, torch.Tensor) else batched.narrow(2, *visible)
+            stored.index_select(1, visible)[None] if isinstance(visible, torch.Tensor) else batched.narrow(2, *visible)
             for visible in self._rows.visible(self.window)
         ]
 
@@ -142,12 +145,28 @@ def attend_by_rows(
     """`query: [rows, heads, 1, head size]`, one tensor of keys and one of values a row; gives `[rows, 1, heads, _]`."""
     if not isinstance(keys, list) or attention_mask is not None:
         raise TypeError("the model does not hand its keys, or no mask, to attention as it got them")
+    if implementation == "sdpa" and not any(named.get(name) is not None for name in UNUSUAL_ARGUMENTS):
+        return _attend_by_sdpa(query, keys, values, named.get("scaling")), None
     attend = _attend(implementation, type(module))  # type: ignore[arg-type]
     outputs = [
         attend(module, row, row_keys, row_values, None, **named)[0]
         for row, row_keys, row_values in zip(torch.split(query, 1), keys, values, strict=True)
     ]
     return torch.cat(outputs), None
+
+
+def _attend_by_sdpa(
+    query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], scaling: float | None
+) -> torch.Tensor:
+    """What transformers makes of a single token, without its 15 us a row: query heads that share keys become tokens."""
+    num_rows, num_heads, _, head_size = query.shape
+    num_key_heads = keys[0].shape[1]
+    queries = query.reshape(num_rows, num_key_heads, num_heads // num_key_heads, head_size)
+    outputs = [
+        F.scaled_dot_product_attention(row, row_keys, row_values, scale=scaling)
+        for row, row_keys, row_values in zip(torch.split(queries, 1), keys, values, strict=True)
+    ]
+    return torch.cat(outputs).view(num_rows, 1, num_heads, -1)
 
 
 @functools.cache

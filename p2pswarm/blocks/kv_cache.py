@@ -120,13 +120,14 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._placement is not None
         assert self._stored is not None
-        start, device = self.length - key_states.shape[-2], key_states.device
-        rows = range(len(key_states))
-        slots = torch.stack([self._placement.slots_of_row(row, visible_from, self.length) for row in rows]).to(device)
+        num_rows, _, num_new, _ = key_states.shape
+        slots = torch.stack([self._placement.slots_of_row(row, visible_from, self.length) for row in range(num_rows)])
+        slots = slots.to(key_states.device)
+        new_slots, slots = slots[:, -num_new:].flatten(), slots.flatten()
         shown = []
         for stored, states in zip(self._stored, (key_states, value_states), strict=True):
-            stored[:, slots[:, start - visible_from :]] = states.transpose(0, 1)
-            shown.append(stored[:, slots].transpose(0, 1))
+            stored.index_copy_(1, new_slots, states.transpose(0, 1).flatten(1, 2))
+            shown.append(stored.index_select(1, slots).view(len(stored), num_rows, -1, stored.shape[2]).transpose(0, 1))
         return shown[0], shown[1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -80,6 +80,20 @@ def test_a_session_rolled_back_goes_on_as_if_new(span: SpanModel, chunks: list[i
     assert cache.length == position + 5
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "gpt_oss", "deepseek_v3", "bloom"])
+def test_a_prompt_in_parts_is_the_prompt_in_one_go(model_type: str, tmp_path: Path) -> None:
+    span = load_span(open_checkpoint(str(save_tiny_checkpoint(tmp_path, model_type))), Span(2, 5))
+    prompt, cache = states(60), span.new_cache(1, max_length=60)
+
+    parts = [
+        span.run(prompt[:, start:end], cache, position=start)
+        for start, end in ((0, 7), (7, 8), (8, 30), (30, 32), (32, 60))
+    ]
+
+    whole = span.run(prompt, None, position=0)
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+
+
 def test_rows_of_a_padded_batch_are_as_each_alone(span: SpanModel) -> None:
     long, short = states(12), states(7)
     batch = torch.cat([long, torch.cat([torch.full((1, 5, HIDDEN), 3.0), short], dim=1)])

@@ -91,6 +91,8 @@ class Session:
         the step itself wrong, `SessionClosed` on a closed session. After an error, or cancelled, the session is at the
         step's position.
         """
+        # A cancelled session's links close by themselves: what is raised then is the cancellation, not that they did.
+        await trio.lowlevel.checkpoint_if_cancelled()
         self._check(step)
         with self._alone():
             running = self._running_for(step)

@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 
 from simulations.load_balancing.machines import Machine
 
-MAX_GAP = 1e-3
+MAX_GAP = 0.01
 """Between the best arrangement found and what none exceeds, relative: nearer is not searched."""
 
 

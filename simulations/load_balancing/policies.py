@@ -37,11 +37,27 @@ def decider(policy: Policy, random: Random) -> Decide:
         case Policy.NEVER:
             return lambda own, seen: None
         case Policy.SHIPPED:
-            return lambda own, seen: should_move(own, seen.values(), SHIPPED_QUALITY)
+            return _Shipped(SHIPPED_QUALITY)
         case Policy.EAGER:
-            return lambda own, seen: should_move(own, seen.values(), EAGER_QUALITY)
+            return _Shipped(EAGER_QUALITY)
         case Policy.PETALS:
             return lambda own, seen: _petals_move(own, seen, random)
+
+
+class _Shipped:
+    """The daemon's rule; who sees exactly what it saw the last time is not asked again."""
+
+    def __init__(self, balance_quality: float) -> None:
+        self._balance_quality = balance_quality
+        self._answers: dict[PeerId, tuple[ServerInfo, Mapping[PeerId, ServerInfo], Move | None]] = {}
+
+    def __call__(self, own: ServerInfo, seen: Mapping[PeerId, ServerInfo]) -> Move | None:
+        last = self._answers.get(own.peer_id)
+        if last is not None and last[0] is own and last[1] is seen:
+            return last[2]
+        move = should_move(own, seen.values(), self._balance_quality)
+        self._answers[own.peer_id] = own, seen, move
+        return move
 
 
 def _petals_move(own: ServerInfo, seen: Mapping[PeerId, ServerInfo], random: Random) -> Move | None:

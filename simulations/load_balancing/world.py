@@ -24,7 +24,7 @@ MAX_LOOKS = 3
 """At those who join or move at the same moment."""
 
 Decide = Callable[[ServerInfo, Mapping[PeerId, ServerInfo]], Move | None]
-"""Whether a server that is online should move, by what it sees."""
+"""Whether a server that is online should move, by what it sees; of itself, it may see what it was a moment ago."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +111,7 @@ class World:
 
     def _life(self, server: Server) -> Iterator[float]:
         """From joining on; yields how long it waits each time."""
-        span = worst_served_span(self.num_model_blocks, server.machine.num_blocks, self._look(server).values())
+        span = worst_served_span(self.num_model_blocks, server.machine.num_blocks, self._look().values())
         self._tell(server, state=ServerState.JOINING, span=span)
         yield from self._settle_and_load(server)
         while not server.is_gone:
@@ -124,7 +124,7 @@ class World:
             yield self._pace.settling_s
             if server.is_gone:
                 return
-            span = settled_span(server.info, self._look(server).values())
+            span = settled_span(server.info, self._look().values())
             if span == server.info.span:
                 break
             self._tell(server, span=span)
@@ -134,7 +134,7 @@ class World:
             self._tell(server, state=ServerState.ONLINE)
 
     def _check(self, server: Server) -> Iterator[float]:
-        move = self._decide(server.info, self._look(server))
+        move = self._decide(server.info, self._look())
         for _ in range(MAX_LOOKS):
             if move is None:
                 break
@@ -142,7 +142,7 @@ class World:
             yield self._pace.settling_s
             if server.is_gone:
                 return
-            move = self._decide(server.info, self._look(server))
+            move = self._decide(server.info, self._look())
             if move is not None and move.span == server.info.next_span:
                 yield from self._move(server, move.span)
                 return
@@ -158,10 +158,9 @@ class World:
             self._tell(server, state=ServerState.JOINING, span=span, next_span=None)
             yield from self._settle_and_load(server)
 
-    def _look(self, server: Server) -> Mapping[PeerId, ServerInfo]:
-        """What the server knows of all, itself as it is."""
-        seen = self._news.as_of(self.now_s - self._random.uniform(0, self._pace.oldest_news_s))
-        return {**seen, server.peer_id: server.info}
+    def _look(self) -> Mapping[PeerId, ServerInfo]:
+        """What a server can know of all at this moment, of itself too."""
+        return self._news.as_of(self.now_s - self._random.uniform(0, self._pace.oldest_news_s))
 
     def _tell(self, server: Server, **changes: object) -> None:
         server.info = replace(server.info, **changes)  # type: ignore[arg-type]

@@ -3,18 +3,19 @@ ending as one that says it serves and does not."""
 
 import math
 import random
+from collections.abc import Sequence
 
 import pytest
 import trio
 from chaos_user import ArithmeticTruth, User
-from moving_swarm import GRACE_S, LOADING_S, PERIOD_S, Event, MovingSwarm, open_moving_swarm
+from moving_swarm import GRACE_S, LOADING_S, PERIOD_S, QUALITY, Event, MovingSwarm, open_moving_swarm
 from trio.testing import MockClock
 
 from p2pswarm.core.errors import CheckpointError, ServerBusy
 from p2pswarm.core.ids import SessionId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
-from p2pswarm.placement.rebalancing import Move
+from p2pswarm.placement.rebalancing import Move, should_move
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.testing.arithmetic_model import ARITHMETIC_MODEL
 from p2pswarm.wire.messages import OpenSession
@@ -34,6 +35,19 @@ def wants(span: Span) -> Decide:
         return None if own.span == span else Move(span, 2.0)
 
     return decide
+
+
+class Eager:
+    """For servers that want to be there whatever they see, once `is_on`, until they have told the others."""
+
+    def __init__(self, span: Span) -> None:
+        self.is_on = False
+        self._wants = wants(span)
+
+    def __call__(self, own: ServerInfo, others: Sequence[ServerInfo]) -> Move | None:
+        if own.next_span is None:
+            return self._wants(own, others) if self.is_on else None
+        return should_move(own, others, QUALITY)
 
 
 async def until_told(swarm: MovingSwarm, name: str, timeout_s: float = 10 * PERIOD_S) -> None:
@@ -199,7 +213,11 @@ async def test_a_client_with_an_old_picture_is_sent_elsewhere_not_told_that_it_i
 async def test_of_two_that_want_to_leave_the_same_blocks_at_one_moment_one_stays(
     seed: int, autojump_clock: MockClock
 ) -> None:
-    async with open_moving_swarm(8, [4] * 4, seed=seed, period_s=0.2) as swarm:
+    async with open_moving_swarm(8, seed=seed, period_s=0.2) as swarm:
+        eager = Eager(RIGHT)
+        for _ in range(4):
+            await swarm.start(4, decide=eager)
+        eager.is_on = True
         for server in [server for server in swarm.servers if server.span == RIGHT]:
             swarm.kill(server)
         with trio.move_on_after(60):

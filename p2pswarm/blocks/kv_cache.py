@@ -123,7 +123,7 @@ class PagedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         num_rows, _, num_new, _ = key_states.shape
         slots = torch.stack([self._placement.slots_of_row(row, visible_from, self.length) for row in range(num_rows)])
         slots = slots.to(key_states.device)
-        new_slots, slots = slots[:, -num_new:].flatten(), slots.flatten()
+        new_slots, slots = slots[:, slots.shape[1] - num_new :].flatten(), slots.flatten()
         shown = []
         for stored, states in zip(self._stored, (key_states, value_states), strict=True):
             stored.index_copy_(1, new_slots, states.transpose(0, 1).flatten(1, 2))

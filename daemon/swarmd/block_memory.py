@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 def measure_needs(config: "PretrainedConfig", dtype: torch.dtype, quantization: Quantization) -> BlockNeeds:
     """What blocks of such a model take, computed in `dtype`. Raises `UnsupportedModelError`."""
+    if dtype is torch.float16:
+        dtype = torch.bfloat16  # as large, and every CPU computes in it
     layout = lay_out(config, dtype)
     block_bytes = _weights_bytes(layout, quantization)
     heaviest = max(range(len(block_bytes)), key=lambda index: block_bytes[index])

@@ -38,7 +38,7 @@ def find_device(wanted: str = "auto") -> torch.device:
     """The device asked for, or the best one there is: CUDA, then MPS, then the CPU. Raises `ConfigError`."""
     there = [kind for kind in DEVICE_KINDS if _has(kind)]
     if wanted in ("auto", "cuda") and there[0] == "cuda":
-        return torch.device("cuda", roomiest([torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count())]))
+        return torch.device("cuda", largest(_cuda_memory_bytes()))
     if wanted == "auto":
         return torch.device(there[0])
     try:
@@ -52,18 +52,29 @@ def find_device(wanted: str = "auto") -> torch.device:
     return device
 
 
-def note_on_other_devices(device: torch.device) -> str | None:
-    """What an operator with several GPUs should know: one server computes on one of them."""
-    if device.type != "cuda" or torch.cuda.device_count() == 1:
+def note_on_other_devices(wanted: str, device: torch.device) -> str | None:
+    """What an operator should know who has several GPUs and did not say which: a server computes on one of them."""
+    if wanted not in ("auto", "cuda") or device.type != "cuda":
         return None
-    free = [format_byte_size(torch.cuda.mem_get_info(index)[0]) for index in range(torch.cuda.device_count())]
-    listed = ", ".join(f"cuda:{index} {amount}" for index, amount in enumerate(free))
-    return f"computing on {device} alone; free are {listed}: start a server for each other device (--device cuda:N)"
+    return describe_choice(device.index, _cuda_memory_bytes())
 
 
-def roomiest(free_bytes: Sequence[int]) -> int:
-    """Which of several devices has most memory free; the first of equals."""
-    return max(range(len(free_bytes)), key=lambda index: (free_bytes[index], -index))
+def describe_choice(chosen: int, memory_bytes: Sequence[int]) -> str | None:
+    """That this one of several GPUs was chosen, and what to do with the others."""
+    if len(memory_bytes) == 1:
+        return None
+    listed = ", ".join(f"cuda:{index} {format_byte_size(amount)}" for index, amount in enumerate(memory_bytes))
+    return f"computing on cuda:{chosen} alone, of {listed}: start a server for each of the others (--device cuda:N)"
+
+
+def largest(memory_bytes: Sequence[int]) -> int:
+    """Which of several devices has most memory; the first of equals."""
+    return max(range(len(memory_bytes)), key=lambda index: (memory_bytes[index], -index))
+
+
+def _cuda_memory_bytes() -> list[int]:
+    """Of each GPU, in all: to ask what is free would take some hundred MB on every one of them."""
+    return [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
 
 
 def _has(kind: str) -> bool:

@@ -96,7 +96,7 @@ def open_model(config: ServerConfig, listener: ProgressListener = lambda progres
     has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
     choice = choose_dtype(config.dtype, checkpoint.dtype, device.type, cuda_has_bfloat16=has_bfloat16)
     quantization = choose_quantization(config.quant, checkpoint.config, choice.dtype, device)
-    warnings = filter(None, (choice.warning, quantization.warning, note_on_other_devices(device)))
+    warnings = filter(None, (choice.warning, quantization.warning, note_on_other_devices(config.device, device)))
     warning = "; ".join(warnings) or None
     opened = OpenedModel(checkpoint, device, choice.dtype, warning, quantization.quantization)
     if config.blocks is not None and config.blocks.end > opened.num_blocks:

@@ -15,7 +15,7 @@ import trio
 
 from p2pswarm.checkpoint.cache_directory import cache_directory, write_atomically
 from p2pswarm.core.clock import Clock
-from p2pswarm.core.errors import SwarmingError
+from p2pswarm.core.errors import ConfigError, SwarmingError
 from p2pswarm.core.ids import ModelId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.directory.directory import Directory
@@ -76,6 +76,7 @@ class RememberedLine:
         return None
 
     def keep(self, bits_per_s: float) -> None:
+        """Raises `ConfigError` where nothing can be written."""
         entries = self._read()
         entries.pop(self._key, None)
         entries[self._key] = {"bits_per_s": bits_per_s, "unix_time_s": self._clock.unix_time_s()}
@@ -111,7 +112,10 @@ class Line:
                 await trio.sleep(LOOK_PERIOD_S * random.uniform(0.9, 1.1))
                 continue
             self.bits_per_s, self.is_known = line_speed(measured), True
-            self._remembered.keep(self.bits_per_s)
+            try:
+                self._remembered.keep(self.bits_per_s)
+            except ConfigError as error:  # a server that runs need not end for it
+                logger.warning("the speed of the line will be measured again: %s", error)
             events("line_measured", bits_per_s=round(self.bits_per_s), num_peers=len(measured))
 
 

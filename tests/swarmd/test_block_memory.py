@@ -32,6 +32,23 @@ def test_weights_and_cache_are_those_of_the_loaded_span(tiny_checkpoint: Checkpo
     assert needs.weights_bytes == block_weights_bytes(tiny_checkpoint.config, dtype, Quantization.NONE)
 
 
+def test_float16_for_a_gpu_is_measured_on_a_cpu_without_it(tiny_checkpoint: Checkpoint) -> None:
+    half, brain = (
+        measure_needs(tiny_checkpoint.config, dtype, Quantization.NONE) for dtype in (torch.float16, torch.bfloat16)
+    )
+    assert half == brain
+
+
+def test_quantized_blocks_take_less_and_one_as_it_was_for_a_moment(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(str(save_tiny_checkpoint(tmp_path / "tiny", "llama")))
+    plain, nf4 = (
+        measure_needs(checkpoint.config, torch.float32, quantization)
+        for quantization in (Quantization.NONE, Quantization.NF4)
+    )
+    assert sum(nf4.weights_bytes) < sum(plain.weights_bytes) / 4
+    assert nf4.working_bytes == pytest.approx(plain.working_bytes + plain.weights_bytes[0], rel=0.01)
+
+
 def test_memory_to_work_in_is_that_of_a_long_pass(tiny_checkpoint: Checkpoint) -> None:
     working_bytes = measure_needs(tiny_checkpoint.config, torch.float32, Quantization.NONE).working_bytes
     model = load_span(tiny_checkpoint, Span(0, 1))

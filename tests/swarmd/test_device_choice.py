@@ -7,10 +7,11 @@ from p2pswarm.core.errors import ConfigError
 from swarmd.device import (
     DtypeChoice,
     choose_dtype,
+    describe_choice,
     device_name,
     find_device,
+    largest,
     note_on_other_devices,
-    roomiest,
     set_threads,
 )
 
@@ -42,13 +43,19 @@ def test_a_dtype_that_nothing_computes_in_becomes_float32_with_a_warning(stored:
     assert choose_dtype("auto", stored, "cpu") == DtypeChoice(torch.float32, warning)
 
 
-def test_of_several_devices_the_one_with_most_free_memory_is_taken() -> None:
-    assert roomiest([3, 22, 8]) == 1
-    assert roomiest([8, 8]) == 0
+def test_of_uneven_devices_the_largest_is_taken_and_the_operator_told() -> None:
+    gib = 1 << 30
+    assert largest([3 * gib, 22 * gib, 8 * gib]) == 1
+    assert largest([8 * gib, 8 * gib]) == 0
+    assert describe_choice(1, [8 * gib, 22 * gib]) == (
+        "computing on cuda:1 alone, of cuda:0 8.0 GiB, cuda:1 22 GiB: start a server for each of the others "
+        "(--device cuda:N)"
+    )
+    assert describe_choice(0, [8 * gib]) is None
 
 
 def test_one_cpu_needs_no_note_on_other_devices() -> None:
-    assert note_on_other_devices(torch.device("cpu")) is None
+    assert note_on_other_devices("auto", torch.device("cpu")) is None
     assert device_name(torch.device("cpu")).startswith("cpu ")
 
 

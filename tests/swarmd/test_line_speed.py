@@ -157,6 +157,15 @@ async def test_the_line_is_measured_as_soon_as_there_are_others(tmp_path: Path, 
     assert again.events.told == []
 
 
+async def test_a_line_that_cannot_be_remembered_is_known_all_the_same(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    world = World(tmp_path / "file" / "lines.json")
+    await world.run(patience_s=60)
+    assert world.line.is_known
+
+
 async def test_without_others_the_assumption_stays(tmp_path: Path, autojump_clock: MockClock) -> None:
     world = World(tmp_path / "lines.json")
     await world.run(patience_s=3600, num_hidden_s=7200)

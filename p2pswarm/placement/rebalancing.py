@@ -10,6 +10,9 @@ announcements alone, so servers that see the same swarm make the same one and ag
 - this move alone does not make things worse, and
 - all its blocks have another holder that is online and stays: those who are still loading may fail to.
 
+The last two do not hold a server back while some block is served by nobody and nobody is about to: no text can be made
+then, so there is nothing to lose, and the plan is to serve all blocks.
+
 The rest of the plan is for the others, at their next look; they may see a changed swarm by then, and plan anew.
 
 **Several at the same moment.** A server that wants to move first announces so (`ServerInfo.next_span`, still online),
@@ -66,14 +69,14 @@ def should_move(own: ServerInfo, servers: Iterable[ServerInfo], balance_quality:
     contentment = balance_quality - STAY_BIAS
     planned = plan(own.num_model_blocks, spans, throughputs, tuple(movable), contentment)
     span = planned.spans[own_index]
-    if (
-        span == own.span
-        or planned.minimum_now >= contentment * planned.minimum
-        or not Arrangement(own.num_model_blocks, spans, throughputs).is_better_after(own_index, span)
-        or not _can_be_spared(own, seen)
-    ):
+    if span == own.span or planned.minimum_now >= contentment * planned.minimum:
         return None
-    return Move(span, planned.minimum / planned.minimum_now if planned.minimum_now else math.inf)
+    if planned.minimum_now == 0:
+        return Move(span, math.inf)
+    now = Arrangement(own.num_model_blocks, spans, throughputs)
+    if not now.is_better_after(own_index, span) or not _can_be_spared(own, seen):
+        return None
+    return Move(span, planned.minimum / planned.minimum_now)
 
 
 def _as_seen(server: ServerInfo, own: ServerInfo) -> ServerInfo:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.swarm import open_swarm
-from p2pswarm.core.errors import NetworkError, RemoteError, SwarmError
+from p2pswarm.core.errors import NetworkError, RemoteError, ServerBusy, SwarmError
 from swarm_cli.benchmarks.generating import (
     SHORT_PROMPT_TOKENS,
     Measured,
@@ -30,9 +30,10 @@ from swarm_cli.benchmarks.setting import Setting, client_config
 
 CALLS_IN_WORK = 4
 """More than there are servers in the usual run, so that each always has one waiting."""
-TOKENS_PER_CALL = 256
+TOKENS_PER_CALL = 128
 SETTLE_S = 1.0
 """After the last forward call was given up, before a quiet round: what a server is in the middle of, it finishes."""
+FIRST_ANSWER_TIMEOUT_S = 60.0
 REFUSED_PAUSE_S = 0.1
 """Between a refusal and the next try, or this process would do nothing else."""
 
@@ -44,7 +45,7 @@ class GreedyReport:
     quiet_tokens_per_s: float
     disturbed_tokens_per_s: float
     greedy_tokens_per_s: float
-    """Through all blocks, of calls that were answered."""
+    """Through all blocks, of calls that were answered meanwhile."""
     num_refused: int
     is_exact: bool
     rounds: int
@@ -92,6 +93,8 @@ class GreedyPeer:
         self._batch = torch.randn(1, TOKENS_PER_CALL, hidden_size, generator=generator).to(model.shell.dtype)
         self._worked_s = 0.0
         self._num_tokens = 0
+        self._has_answer = trio.Event()
+        self._num_answered = 0
         self.num_refused = 0
 
     @property
@@ -100,21 +103,28 @@ class GreedyPeer:
 
     @asynccontextmanager
     async def at_work(self) -> AsyncIterator[None]:
-        """Within, servers have its calls; they are given up at the end."""
-        started_at_s = perf_counter()
+        """Within, servers have its calls, and have answered one; they are given up at the end. Raises `ServerBusy`."""
+        self._has_answer = trio.Event()
         async with trio.open_nursery() as nursery:
             for _ in range(CALLS_IN_WORK):
                 nursery.start_soon(self._call_for_ever)
+            with trio.move_on_after(FIRST_ANSWER_TIMEOUT_S):
+                await self._has_answer.wait()
+            if not self._has_answer.is_set():
+                raise ServerBusy(f"no forward call was answered within {FIRST_ANSWER_TIMEOUT_S:g} s")
+            num_before, began_at_s = self._num_answered, perf_counter()
             yield
+            self._num_tokens += (self._num_answered - num_before) * TOKENS_PER_CALL
+            self._worked_s += perf_counter() - began_at_s
             nursery.cancel_scope.cancel()
-        self._worked_s += perf_counter() - started_at_s
         await trio.sleep(SETTLE_S)
 
     async def _call_for_ever(self) -> None:
         while True:
             try:
                 await self._model.forward(self._batch)
-                self._num_tokens += TOKENS_PER_CALL
+                self._num_answered += 1
+                self._has_answer.set()
             except (RemoteError, NetworkError, SwarmError):
                 self.num_refused += 1
                 await trio.sleep(REFUSED_PAUSE_S)

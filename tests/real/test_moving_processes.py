@@ -1,9 +1,12 @@
-"""Six server processes share out a model's blocks by themselves; when two are killed, the others close the gap, and a
-generation that runs through it comes to the local model's tokens.
+"""Server processes share out a model's blocks by themselves; when some are killed, the others close the gap, and a
+generation that runs through it comes to the local model's tokens. A move can be stopped, and fails loudly if it must.
 """
 
+import json
+import shutil
+import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,10 @@ PROMPT = [5, 17, 99, 3]
 NUM_TOKENS = 150
 TOKENS_BEFORE_KILL = 20
 QUIET_S = 4 * CHECK_PERIOD_S
+SOON_S = 1.0
+"""A period for tests that wait for a move."""
+TIMEOUT_S = 120.0
+"""Far above what anything here takes alone on a machine: tests share theirs."""
 
 
 @pytest.fixture(scope="module")
@@ -49,15 +56,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+def command(model: str, identity: Path, period_s: float) -> list[str]:
+    """A server that chooses its blocks, and is as fast as the others."""
+    flags = ["--json", "--host", "127.0.0.1", "--threads", "1", "--num-blocks", str(BLOCKS_EACH)]
+    flags += ["--balance-check-period", str(period_s), "--throughput", "100", "--identity", str(identity)]
+    return [sys.executable, "-m", "swarmd", "start", model, *flags]
+
+
 @asynccontextmanager
 async def open_servers(model: str, folder: Path) -> AsyncIterator[Replicas]:
     """Six servers that came one after the other, each of which chose its blocks."""
     async with trio.open_nursery() as nursery:
-        flags = ["--json", "--host", "127.0.0.1", "--threads", "1", "--num-blocks", str(BLOCKS_EACH)]
-        flags += ["--balance-check-period", str(CHECK_PERIOD_S), "--throughput", "100"]
-        command = [sys.executable, "-m", "swarmd", "start", model, *flags]
         servers = [
-            Replica(f"server {number}", Span(0, NUM_BLOCKS), [*command, "--identity", str(folder / f"{number}.key")])
+            Replica(f"server {number}", Span(0, NUM_BLOCKS), command(model, folder / f"{number}.key", CHECK_PERIOD_S))
             for number in range(NUM_SERVERS)
         ]
         replicas = Replicas(servers, nursery)
@@ -130,3 +141,106 @@ async def check_the_story(model: str, folder: Path) -> None:
 
 def test_killed_servers_are_made_up_for_by_the_others(model: str, tmp_path: Path, one_thread: None) -> None:
     trio.run(check_the_story, model, tmp_path)
+
+
+class Server:
+    """One process, and what it has told."""
+
+    def __init__(self, process: trio.Process) -> None:
+        self.process = process
+        self.events: list[dict[str, Any]] = []
+        self._lines = self._read()
+
+    async def until(self, name: str) -> dict[str, Any]:
+        """The next event of that name."""
+        with trio.fail_after(TIMEOUT_S):
+            async for line in self._lines:
+                self.events.append(json.loads(line))
+                if self.events[-1]["event"] == name:
+                    return self.events[-1]
+        raise AssertionError(f"no {name!r} among {self.events}")
+
+    async def _read(self) -> AsyncIterator[bytes]:
+        unfinished = b""
+        async for data in self.process.stdout:
+            *whole, unfinished = (unfinished + data).split(b"\n")
+            for line in whole:
+                yield line
+
+
+@asynccontextmanager
+async def two_that_could_move(model: str, folder: Path) -> AsyncIterator[list[Server]]:
+    """Two servers of the first blocks, of which one will move, since those of the others are dead."""
+    servers: list[Server] = []
+    peers: list[str] = []
+    try:
+        for number in range(4):
+            peers_flags = ["--peers", *peers] if peers else []
+            process = await trio.lowlevel.open_process(
+                [*command(model, folder / f"{number}.key", SOON_S), *peers_flags],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            servers.append(Server(process))
+            ready = await servers[-1].until("ready")
+            peers = peers or ready["addresses"][:1]
+        assert [server.events[-1]["blocks"] for server in servers] == ["0:10", "10:20", "20:30", "0:10"]
+        yield servers
+    finally:
+        for server in servers:
+            server.process.kill()
+            await server.process.wait()
+
+
+async def first_to_tell(servers: Sequence[Server], name: str) -> Server:
+    """The first of the servers to have such an event."""
+    found: list[Server] = []
+    async with trio.open_nursery() as nursery:
+
+        async def look(server: Server) -> None:
+            await server.until(name)
+            found.append(server)
+            nursery.cancel_scope.cancel()
+
+        for server in servers:
+            nursery.start_soon(look, server)
+    return found[0]
+
+
+async def stop_in_the_middle(model: str, folder: Path) -> None:
+    async with two_that_could_move(model, folder) as (one, gone, _, other):
+        gone.process.kill()
+        mover = await first_to_tell([one, other], "moving")
+        mover.process.terminate()
+        told_at_s = trio.current_time()
+        await mover.until("stopped")
+        with trio.fail_after(TIMEOUT_S):
+            assert await mover.process.wait() == 0
+        assert trio.current_time() - told_at_s < 10
+
+
+def test_a_move_can_be_stopped(model: str, tmp_path: Path) -> None:
+    trio.run(stop_in_the_middle, model, tmp_path)
+
+
+def remove_weights(folder: Path) -> None:
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+
+
+async def lose_the_weights(model: str, folder: Path) -> None:
+    async with two_that_could_move(model, folder) as (one, gone, _, other):
+        remove_weights(Path(model))
+        gone.process.kill()
+        mover = await first_to_tell([one, other], "move_failed")
+        told = await mover.until("error")
+        assert told["kind"] == "ServerFailure"
+        assert told["message"].startswith("no blocks could be loaded after a move: first ")
+        with trio.fail_after(TIMEOUT_S):
+            assert await mover.process.wait() == 1
+
+
+def test_a_server_that_can_load_nothing_any_more_ends_with_an_error(model: str, tmp_path: Path) -> None:
+    copy = shutil.copytree(model, tmp_path / "model")
+    trio.run(lose_the_weights, str(copy), tmp_path)

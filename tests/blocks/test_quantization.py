@@ -1,4 +1,4 @@
-"""Quantized spans compute what bitsandbytes' weights mean, take the memory they should, and refuse what they cannot do."""
+"""Quantized spans compute what the weights of bitsandbytes mean, take the memory they should, refuse what cannot be."""
 
 import warnings
 from collections.abc import Sequence

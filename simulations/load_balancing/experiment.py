@@ -32,8 +32,8 @@ class Size:
 
 
 SIZES = (
-    Size(8, 12, 6, 2 * HOUR_S),
-    Size(20, 24, 4, 2 * HOUR_S),
+    Size(8, 12, 5, 2 * HOUR_S),
+    Size(20, 24, 3, HOUR_S),
     Size(50, 40, 3, HOUR_S, (Policy.NEVER, Policy.SHIPPED, Policy.EAGER)),
     Size(100, 60, 2, HOUR_S, (Policy.NEVER, Policy.SHIPPED)),
     Size(300, 80, 1, HOUR_S / 4, (Policy.NEVER, Policy.SHIPPED)),
@@ -66,6 +66,8 @@ class Run:
     num_changes: int
     """Servers that went, each replaced by another sooner or later."""
     num_changing_moves: int
+    num_blocks_reloaded: int
+    """By servers that moved, over all the time."""
     num_withdrawn: int
     """Wishes to move that were given up at the second look, over all the time."""
 
@@ -132,6 +134,7 @@ def run(mixture: str, size: Size, policy: Policy, seed: int) -> Run:
         tuple(online for _, online in samples),
         num_changes,
         world.num_moves - num_moves - num_calm_moves,
+        world.num_blocks_reloaded,
         world.num_withdrawn,
     )
 

@@ -106,8 +106,8 @@ def _changing_table(cells: Sequence[Cell]) -> str:
 def _cost_table(cells: Sequence[Cell]) -> str:
     lines = [
         "| servers | machines | policy | moves while growing | in the calm hour | servers replaced | moves then | "
-        "wishes withdrawn |",
-        "|---|---|---|---|---|---|---|---|",
+        "blocks reloaded | wishes withdrawn |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for cell in cells:
         if cell.policy is not Policy.NEVER:
@@ -116,6 +116,7 @@ def _cost_table(cells: Sequence[Cell]) -> str:
                 cell.mean(lambda run: run.num_calm_moves),
                 cell.mean(lambda run: run.num_changes),
                 cell.mean(lambda run: run.num_changing_moves),
+                cell.mean(lambda run: run.num_blocks_reloaded),
                 cell.mean(lambda run: run.num_withdrawn),
             ]
             texts = [f"{figure:.1f}" for figure in figures]

@@ -60,7 +60,8 @@ class World:
         self.num_model_blocks = num_model_blocks
         self.servers: dict[PeerId, Server] = {}
         self.num_moves = 0
-        self.num_blocks_loaded = 0
+        self.num_blocks_reloaded = 0
+        """By servers that moved."""
         self.num_withdrawn = 0
         """Wishes to move that came to nothing at the second look."""
         self._decide = decide
@@ -128,7 +129,6 @@ class World:
             if span == server.info.span:
                 break
             self._tell(server, span=span)
-        self.num_blocks_loaded += server.machine.num_blocks
         yield self._pace.block_load_s * server.machine.num_blocks
         if not server.is_gone:
             self._tell(server, state=ServerState.ONLINE)
@@ -156,6 +156,7 @@ class World:
         yield self._pace.grace_period_s
         if not server.is_gone:
             self._tell(server, state=ServerState.JOINING, span=span, next_span=None)
+            self.num_blocks_reloaded += server.machine.num_blocks
             yield from self._settle_and_load(server)
 
     def _look(self) -> Mapping[PeerId, ServerInfo]:

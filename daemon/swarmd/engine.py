@@ -4,13 +4,17 @@ All of it is blocking and belongs on the thread that owns the device. Importing 
 transformers, which takes longer than all else: `swarmd/serve.py` does it on that thread, while it joins the swarm.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 
 import torch
 
+from p2pswarm.blocks.adapters import Adapter, fit_adapter
+from p2pswarm.blocks.architecture import lay_out
 from p2pswarm.blocks.span_model import SpanModel, load_span
+from p2pswarm.checkpoint.adapter_files import open_adapter
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pswarm.checkpoint.progress import ProgressListener
 from p2pswarm.core.errors import ConfigError
@@ -49,6 +53,7 @@ class OpenedModel:
     dtype: torch.dtype
     warning: str | None
     quantization: Quantization
+    adapters: tuple[Adapter, ...] = ()
 
     @cached_property
     def model_id(self) -> ModelId:
@@ -65,7 +70,16 @@ class OpenedModel:
     def count_blocks(self, kv_size: KVSize | None) -> BlockCount:
         """How many blocks this device can hold beside their KV cache. Raises `ConfigError` where not even one."""
         needs = measure_needs(self.checkpoint.config, self.dtype, self.quantization)
+        needs = replace(needs, weights_bytes=self.with_adapters(needs.weights_bytes))
         return count_blocks(needs, free_memory_bytes(self.device), spare_share(self.device.type), kv_size)
+
+
+    def with_adapters(self, weights_bytes: Sequence[int]) -> tuple[int, ...]:
+        """What each block's weights take together with its part of the adapters."""
+        return tuple(
+            num_bytes + sum(adapter.block_bytes(index, self.dtype) for adapter in self.adapters)
+            for index, num_bytes in enumerate(weights_bytes)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +112,8 @@ def open_model(config: ServerConfig, listener: ProgressListener = lambda progres
     quantization = choose_quantization(config.quant, checkpoint.config, choice.dtype, device)
     warnings = filter(None, (choice.warning, quantization.warning, note_on_other_devices(config.device, device)))
     warning = "; ".join(warnings) or None
-    opened = OpenedModel(checkpoint, device, choice.dtype, warning, quantization.quantization)
+    adapters = _open_adapters(config, checkpoint, choice.dtype, listener)
+    opened = OpenedModel(checkpoint, device, choice.dtype, warning, quantization.quantization, adapters)
     if config.blocks is not None and config.blocks.end > opened.num_blocks:
         raise ConfigError(f"{checkpoint.name} has the blocks 0:{opened.num_blocks}, so not --blocks {config.blocks}")
     return opened
@@ -110,10 +125,15 @@ def load(opened: OpenedModel, span: Span, config: ServerConfig) -> LoadedSpan:
     Raises `ConfigError` where the memory is too small, and whatever is wrong with the checkpoint.
     """
     weights_bytes = block_weights_bytes(opened.checkpoint.config, opened.dtype, opened.quantization)
-    check_span_fits(weights_bytes, span, free_memory_bytes(opened.device))
+    check_span_fits(opened.with_adapters(weights_bytes), span, free_memory_bytes(opened.device))
     opened.checkpoint.release()  # of the blocks served before, if any: the disk may need their room
     model = load_span(
-        opened.checkpoint, span, dtype=opened.dtype, device=opened.device, quantization=opened.quantization
+        opened.checkpoint,
+        span,
+        dtype=opened.dtype,
+        device=opened.device,
+        quantization=opened.quantization,
+        adapters=opened.adapters,
     )
     speed = SpanSpeed(
         _compute_speed(opened, model, config.throughput),
@@ -121,8 +141,27 @@ def load(opened: OpenedModel, span: Span, config: ServerConfig) -> LoadedSpan:
         token_bytes=model.dtype.itemsize * model.hidden_size,
         stated_tokens_per_s=None if isinstance(config.throughput, ThroughputSource) else config.throughput,
     )
-    cache_tokens = kv_tokens(config.kv_cache, free_memory_bytes(opened.device), model.cache_bytes_per_token)
+    usable_bytes = int(free_memory_bytes(opened.device) * (1 - spare_share(opened.device.type)))
+    cache_tokens = kv_tokens(config.kv_cache, usable_bytes, model.cache_bytes_per_token)
     return LoadedSpan(model, speed, cache_tokens, _max_length(opened, config, cache_tokens))
+
+
+def _open_adapters(
+    config: ServerConfig, checkpoint: Checkpoint, dtype: torch.dtype, listener: ProgressListener
+) -> tuple[Adapter, ...]:
+    """All that were asked for, found to fit every block: a server may come to serve any. Raises `CheckpointError`."""
+    if not config.adapters:
+        return ()
+    layout = lay_out(checkpoint.config, dtype)
+    opened = [
+        open_adapter(place, token=config.token, cache_dir=config.cache_dir, listener=listener)
+        for place in config.adapters
+    ]
+    adapters = tuple(fit_adapter(files, layout) for files in opened)
+    ids = [adapter.adapter_id for adapter in adapters]
+    if len(set(ids)) < len(ids):
+        raise ConfigError(f"adapters: the same one twice by the same name: {', '.join(ids)}")
+    return adapters
 
 
 def _compute_speed(opened: OpenedModel, model: SpanModel, source: ThroughputSetting) -> ComputeSpeed:

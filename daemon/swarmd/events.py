@@ -92,7 +92,8 @@ def _sized(fields: Mapping[str, Any]) -> str:
 
 
 def _measured(fields: Mapping[str, Any]) -> str:
-    where = f"{fields['dtype']}, quantization {fields['quantization']}, {fields['threads']} threads, {fields['device']}"
+    threads = "1 thread" if fields["threads"] == 1 else f"{fields['threads']} threads"
+    where = f"{fields['dtype']}, quantization {fields['quantization']}, {threads}, {fields['device']}"
     rows = [
         ("decode, 1 session", fields["decode_s"], 1),
         (f"decode, {MEASURED_ROWS} sessions", fields["batched_decode_s"], MEASURED_ROWS),

@@ -9,7 +9,7 @@ from p2pswarm.core.errors import ConfigError
 WANTED = f"an amount of memory ({EXAMPLES}), a number of tokens (16384) or a share of what is free (25%)"
 
 DEFAULT_SHARE = 0.25
-"""Of what is free once the weights are loaded: the machine's other work, and other servers, need the rest."""
+"""Of what can be used once the weights are loaded: passes, and other servers, need the rest."""
 SENSIBLE_TOKENS = 8192
 """Four short chats or one long one at a time: taken beyond the share where it is there."""
 MIN_TOKENS = 2048
@@ -36,7 +36,7 @@ class KVTokens:
 
 @dataclass(frozen=True, slots=True)
 class KVShare:
-    """Of what is free once the weights are loaded."""
+    """Of what can be used once the weights are loaded."""
 
     share: float
 
@@ -65,12 +65,12 @@ def parse_kv_size(text: str) -> KVSize:
     return size
 
 
-def kv_tokens(size: KVSize | None, free_bytes: int, bytes_per_token: int) -> int:
-    """How many tokens of KV cache to offer where `free_bytes` are free once the weights are loaded.
+def kv_tokens(size: KVSize | None, usable_bytes: int, bytes_per_token: int) -> int:
+    """How many tokens of KV cache to offer where so many bytes can be used once the weights are loaded.
 
-    `size` None: as many as seem sensible. Raises `ConfigError` where that is more than is free, or of no use.
+    `size` None: as many as seem sensible. Raises `ConfigError` where that is more than that, or of no use.
     """
-    fitting = free_bytes // max(bytes_per_token, 1)
+    fitting = usable_bytes // max(bytes_per_token, 1)
     match size:
         case None:
             tokens = default_kv_tokens(fitting)
@@ -85,8 +85,8 @@ def kv_tokens(size: KVSize | None, free_bytes: int, bytes_per_token: int) -> int
     if tokens > fitting:
         asked = f"--kv-cache {size}" if size is not None else f"a KV cache of {tokens} tokens"
         raise ConfigError(
-            f"{asked} takes {format_byte_size(tokens * bytes_per_token)}, and {format_byte_size(free_bytes)} are free "
-            f"beside the weights: {_advice(fitting)}"
+            f"{asked} takes {format_byte_size(tokens * bytes_per_token)}, and {format_byte_size(usable_bytes)} can be "
+            f"used beside the weights: {_advice(fitting)}"
         )
     if tokens < 1:
         raise ConfigError(

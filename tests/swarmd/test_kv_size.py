@@ -1,4 +1,4 @@
-"""The KV cache is as large as the operator says, and never larger than what is free."""
+"""The KV cache is as large as the operator says, and never larger than what can be used."""
 
 import pytest
 from hypothesis import given
@@ -55,13 +55,13 @@ def test_an_unreadable_size_is_refused_with_what_can_be_said(text: str) -> None:
     ],
 )
 def test_tokens_follow_from_the_size(size: KVSize | None, tokens: int) -> None:
-    assert kv_tokens(size, free_bytes=GIB, bytes_per_token=KIB) == tokens
+    assert kv_tokens(size, usable_bytes=GIB, bytes_per_token=KIB) == tokens
 
 
 def test_the_default_is_a_quarter_or_some_sensible_tokens_if_they_fit() -> None:
-    assert kv_tokens(None, free_bytes=100_000 * KIB, bytes_per_token=KIB) == 25_000
-    assert kv_tokens(None, free_bytes=20_000 * KIB, bytes_per_token=KIB) == SENSIBLE_TOKENS
-    assert kv_tokens(None, free_bytes=5_000 * KIB, bytes_per_token=KIB) == 5_000
+    assert kv_tokens(None, usable_bytes=100_000 * KIB, bytes_per_token=KIB) == 25_000
+    assert kv_tokens(None, usable_bytes=20_000 * KIB, bytes_per_token=KIB) == SENSIBLE_TOKENS
+    assert kv_tokens(None, usable_bytes=5_000 * KIB, bytes_per_token=KIB) == 5_000
 
 
 @pytest.mark.parametrize(
@@ -69,29 +69,29 @@ def test_the_default_is_a_quarter_or_some_sensible_tokens_if_they_fit() -> None:
     [
         (
             KVBytes(2 * GIB),
-            r"--kv-cache 2\.0 GiB takes 2\.0 GiB, and 1\.0 GiB are free beside the weights: .*--kv-cache 512",
+            r"--kv-cache 2\.0 GiB takes 2\.0 GiB, and 1\.0 GiB can be used beside the weights: .*--kv-cache 512",
         ),
         (KVTokens(600), r"--kv-cache 600 tokens takes 1\.2 GiB"),
         (
             None,
-            rf"a KV cache of {MIN_TOKENS} tokens takes 4\.0 GiB, and 1\.0 GiB are free .*\(--num-blocks\) or .*512\)",
+            rf"a KV cache of {MIN_TOKENS} tokens takes 4\.0 GiB, and 1\.0 GiB can .*\(--num-blocks\) or .*512\)",
         ),
         (KVBytes(MIB), r"--kv-cache 1\.0 MiB does not hold a single token, which takes 2\.0 MiB"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_to_do(size: KVSize | None, complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
-        kv_tokens(size, free_bytes=GIB, bytes_per_token=2 * MIB)
+        kv_tokens(size, usable_bytes=GIB, bytes_per_token=2 * MIB)
 
 
 SIZES = st.none() | st.builds(KVBytes, st.integers(1, 1 << 45)) | st.builds(KVTokens, st.integers(1, 1 << 30))
 
 
 @given(SIZES | st.builds(KVShare, st.floats(0.01, 1.0)), st.integers(0, 1 << 42), st.integers(1, 1 << 24))
-def test_no_size_takes_more_than_is_free(size: KVSize | None, free_bytes: int, bytes_per_token: int) -> None:
+def test_no_size_takes_more_than_can_be_used(size: KVSize | None, usable_bytes: int, bytes_per_token: int) -> None:
     try:
-        tokens = kv_tokens(size, free_bytes, bytes_per_token)
+        tokens = kv_tokens(size, usable_bytes, bytes_per_token)
     except ConfigError:
         return
     assert tokens >= 1
-    assert tokens * bytes_per_token <= free_bytes
+    assert tokens * bytes_per_token <= usable_bytes

@@ -110,7 +110,7 @@ def test_a_dry_run_shows_a_table() -> None:
         throughput_tokens_per_s=727.27,
     )
     assert stream.getvalue() == (
-        "blocks 0:10 of tiny (float32, quantization none, 1 threads, cpu of some make):\n"
+        "blocks 0:10 of tiny (float32, quantization none, 1 thread, cpu of some make):\n"
         "  decode, 1 session        10.00 ms      100.0 tokens/s\n"
         "  decode, 8 sessions       16.00 ms      500.0 tokens/s\n"
         "  a prompt, by token        2.50 ms      400.0 tokens/s\n"

@@ -19,6 +19,7 @@ from typing import Any
 import trio
 
 from p2pswarm.core.errors import ServerFailed
+from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
 
 STOP_TIMEOUT_S = 15.0
@@ -38,6 +39,8 @@ class LocalSwarmPlan:
     threads: int
     dtype: str = "float32"
     device: str = "cpu"
+    quantization: Quantization = Quantization.NONE
+    """Not left to the device: what these swarms write is compared with the local model."""
 
 
 class ServerProcess:
@@ -159,6 +162,7 @@ def _command(plan: LocalSwarmPlan, span: Span, folder: Path) -> list[str]:
         "--host": "127.0.0.1",
         "--identity": str(folder / f"identity-{span.start}"),
         "--dtype": plan.dtype,
+        "--quant": plan.quantization.value,
         "--device": plan.device,
         "--threads": str(plan.threads),
         "--name": f"local-{span.start}-{span.end}",

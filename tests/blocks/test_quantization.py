@@ -203,6 +203,19 @@ def test_without_the_kernel_bitsandbytes_serves_the_same_span(
     assert relative_error(decoded(ours, states), expected) < 0.05
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("kind", BOTH)
+def test_a_gpu_and_a_processor_serve_the_same_span(llama: Checkpoint, kind: Quantization) -> None:
+    on_processor = load_span(llama, SPAN, quantization=kind)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        on_gpu = load_span(llama, SPAN, device="cuda", quantization=kind)
+        states = hidden_states_of(on_processor)
+        got = decoded(on_gpu, states.to("cuda"))
+    assert relative_error(got.cpu(), decoded(on_processor, states)) < 0.05
+
+
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_experts_in_one_tensor_are_refused_with_what_is_in_the_way(model_type: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(str(save_tiny_checkpoint(tmp_path, model_type)))

@@ -103,7 +103,7 @@ def _add_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--balance-check-period",
         metavar="S",
         dest="balance_check_period_s",
-        help="seconds between looks whether to move, on average (default: 60)",
+        help="seconds between looks whether to move, on average (default: 30)",
     )
     watching = start.add_argument_group("how to watch it")
     watching.add_argument(

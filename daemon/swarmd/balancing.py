@@ -25,7 +25,7 @@ SECOND_LOOK_SHARE = 0.25
 """Of the mean period between checks: how long after the first look the second one comes, on average."""
 SHORTEST_WAIT_S = 0.2
 MAX_RESTS = 6
-"""Failed moves double the period up to 64 times: an hour where it is a minute."""
+"""Failed moves double the period up to 64 times: half an hour where it is half a minute."""
 
 
 Look = Callable[[], Awaitable[Sequence[ServerInfo]]]

@@ -90,7 +90,7 @@ class ServerConfig(NodeConfig):
     balance_quality: float = 0.75
     """A server that was not told its blocks moves where the swarm's throughput is below this part of what it would be
     then; 0: never."""
-    balance_check_period_s: float = 60.0
+    balance_check_period_s: float = 30.0
     """Between two looks whether to move, on average."""
     stats_period_s: float = 0.0
     """Between two `statistics` events; 0: none."""

@@ -31,7 +31,7 @@ class Lookout:
         self, own: ServerInfo, directory: Directory, network: Network, calls: RpcClient, random: Random
     ) -> None:
         self._own = own
-        self._directory = directory
+        self._view = directory.view(own.model_id)
         self._network = network
         self._calls = calls
         self._random = random
@@ -39,7 +39,8 @@ class Lookout:
 
     async def others(self) -> Sequence[ServerInfo]:
         """The other servers that live, in whatever state."""
-        announced = dict(await self._directory.servers(self._own.model_id))
+        await self._view.refresh()
+        announced = dict(self._view.servers)
         announced.pop(self._own.peer_id, None)
         self._silent &= announced.keys()
         asked = self._whom_to_ask(announced.values())

@@ -55,10 +55,14 @@ class Directory:
         servers.take((await self._dht.get(model_key(model_id))).values())
         return servers.servers()
 
+    def view(self, model_id: ModelId, period_s: float = DEFAULT_PERIOD_S) -> ModelView:
+        """A view of the model's servers that is as new as its last `refresh`, to which only news travels."""
+        return ModelView(model_id, self._dht, self._clock, self._random, period_s)
+
     @asynccontextmanager
     async def watch(self, model_id: ModelId, period_s: float = DEFAULT_PERIOD_S) -> AsyncIterator[ModelView]:
         """A view of the model's servers that has had its first look, and stays true until the context is left."""
-        view = ModelView(model_id, self._dht, self._clock, self._random, period_s)
+        view = self.view(model_id, period_s)
         async with open_transparent_nursery() as nursery:
             await nursery.start(view.run)
             yield view

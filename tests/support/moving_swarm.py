@@ -45,7 +45,7 @@ from swarmd.surroundings import Surroundings
 LATENCY_S = 0.02
 CLIENT_NUMBER = 1 << 40
 LOADING_S = 8.0
-PERIOD_S = 60.0
+PERIOD_S = 30.0
 GRACE_S = 10.0
 QUALITY = 0.75
 
@@ -95,9 +95,12 @@ class Board:
         now_s = trio.current_time()
         return {peer_id: info for peer_id, info in self.announced.items() if now_s < self._gone_at_s.get(peer_id, inf)}
 
+    def view(self, model_id: ModelId) -> "BoardView":
+        return BoardView(self)
+
     @asynccontextmanager
     async def watch(self, model_id: ModelId, period_s: float) -> AsyncIterator["BoardView"]:
-        view = BoardView(self)
+        view = self.view(model_id)
         async with open_transparent_nursery() as nursery:
             nursery.start_soon(view.run, period_s)
             yield view

@@ -109,7 +109,7 @@ async def test_blocks_that_were_given_up_are_out_of_memory(model: Path, caplog: 
     process = psutil.Process()
     resident_bytes = []
     async with open_loader(model) as (loader, info):
-        for number in range(6):
+        for number in range(4):
             await serve_for_a_while(loader, replace(info, span=MOVES[number % 2]))
             loaded_bytes = process.memory_info().rss
             await loader.free()
@@ -122,7 +122,7 @@ async def test_blocks_that_were_given_up_are_out_of_memory(model: Path, caplog: 
 async def test_blocks_that_somebody_holds_on_to_are_told_of(
     model: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(span_loading, "FREE_RETRY_S", 0.0)
+    monkeypatch.setattr(span_loading, "FREE_TRIES", 2)
     async with open_loader(model) as (loader, info):
         served = await loader.load(info)
         await loader.free()

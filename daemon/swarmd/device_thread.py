@@ -5,9 +5,11 @@ back, of which 66 are the bare hand-over between two threads; `trio.to_thread` w
 and does not promise order or one and the same thread. Read `swarmd/scheduling/dispatcher.py` next.
 """
 
+import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Generic, Protocol, TypeVar
@@ -15,12 +17,15 @@ from typing import Any, Generic, Protocol, TypeVar
 import outcome
 import trio
 
+logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 Deliver = Callable[[outcome.Outcome[Result], float], None]
 """Takes what a function made, and the seconds it took, in the trio thread. It must not raise."""
 
 REST_S = 0.002
 """Without work for so long, there is time for what can be done afterwards: by then an answer has left the process."""
+
+MAX_AFTERWARDS = 256
 
 LEAVE_TIMEOUT_S = 3.0
 """A prompt of some thousand tokens may end in that time; a download of weights will not."""
@@ -33,11 +38,12 @@ class Device(Protocol):
         self,
         function: Callable[[], Result],
         deliver: Deliver[Result],
-        rested: Callable[[], None] | None = None,
+        afterwards: Callable[[], None] | None = None,
     ) -> None:
         """Runs `function` after those handed in before, then calls `deliver` in the trio thread.
 
-        `rested` is called there too, once nothing else was handed in for a moment after that; or never.
+        `afterwards` is called like `function`, once that has returned and nothing else is to be done for a while; or
+        never.
         """
         ...
 
@@ -57,12 +63,12 @@ class InlineDevice:
         self,
         function: Callable[[], Result],
         deliver: Deliver[Result],
-        rested: Callable[[], None] | None = None,
+        afterwards: Callable[[], None] | None = None,
     ) -> None:
         def work() -> None:
             deliver(outcome.capture(function), 0.0)
-            if rested is not None:
-                rested()
+            if afterwards is not None:
+                afterwards()
 
         trio.lowlevel.current_trio_token().run_sync_soon(work)
 
@@ -74,15 +80,15 @@ class InlineDevice:
 class Job(Generic[Result]):
     """A function on its way to the thread, and who takes what it makes."""
 
-    __slots__ = ("deliver", "function", "rested")
+    __slots__ = ("afterwards", "deliver", "function")
 
     def __init__(
-        self, function: Callable[[], Result], deliver: Deliver[Result], rested: Callable[[], None] | None
+        self, function: Callable[[], Result], deliver: Deliver[Result], afterwards: Callable[[], None] | None
     ) -> None:
         self.function: Callable[[], Result] | None = function
         """None once taken back."""
         self.deliver = deliver
-        self.rested = rested
+        self.afterwards = afterwards
 
 
 class DeviceThread:
@@ -92,6 +98,8 @@ class DeviceThread:
         self._clock_s = clock_s
         self._token = trio.lowlevel.current_trio_token()
         self._jobs: queue.SimpleQueue[Job[Any] | None] = queue.SimpleQueue()
+        self._afterwards: deque[Callable[[], None]] = deque(maxlen=MAX_AFTERWARDS)
+        """Left for when there is time; of too many the oldest are forgotten. Touched by the device's thread only."""
         # A daemon, so that a process told to stop need not wait for ever for what it computes or loads.
         self._thread = threading.Thread(target=self._work, name="device", daemon=True)
 
@@ -99,9 +107,9 @@ class DeviceThread:
         self,
         function: Callable[[], Result],
         deliver: Deliver[Result],
-        rested: Callable[[], None] | None = None,
+        afterwards: Callable[[], None] | None = None,
     ) -> None:
-        self._jobs.put(Job(function, deliver, rested))
+        self._jobs.put(Job(function, deliver, afterwards))
 
     async def run(self, function: Callable[[], Result]) -> Result:
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -123,24 +131,30 @@ class DeviceThread:
         return result
 
     def _work(self) -> None:
-        rested: Callable[[], None] | None = None
         with suppress(trio.RunFinishedError):
-            while (job := self._next_job(rested)) is not None:
+            while (job := self._next_job()) is not None:
                 function = job.function
                 if function is None:
                     continue
                 started_s = self._clock_s()
                 result = outcome.capture(function)
                 self._token.run_sync_soon(job.deliver, result, self._clock_s() - started_s)
-                rested = job.rested
+                if job.afterwards is not None and isinstance(result, outcome.Value):
+                    self._afterwards.append(job.afterwards)
                 del job, function, result  # they hold a request's tensors, and the next request may be far away
 
-    def _next_job(self, rested: Callable[[], None] | None) -> Job[Any] | None:
-        if rested is not None:
+    def _next_job(self) -> Job[Any] | None:
+        while self._afterwards:
             try:
                 return self._jobs.get(timeout=REST_S)
             except queue.Empty:
-                self._token.run_sync_soon(rested)
+                afterwards = self._afterwards.popleft()
+            try:
+                afterwards()
+            except Exception:
+                # Nobody waits for it, and the next request must find the thread alive.
+                logger.exception("what was left for afterwards failed")
+            del afterwards
         return self._jobs.get()
 
 

@@ -69,6 +69,8 @@ class SpanSession:
         self.prepared: PreparedStep | None = None
         """For the next token, if it follows the last one; made while the device has nothing else to do."""
         self.length = 0
+        self._num_cuts = 0
+        """How often tokens were forgotten."""
         self._shared = shared
         self._peer_id = peer_id
         self._tenant = tenant
@@ -114,13 +116,21 @@ class SpanSession:
 
     def take_room(self, position: int, num_tokens: int, beam_indices: Sequence[int] | None) -> None:
         """Goes back to `position`, follows the beams, and has pages for so many tokens more. Raises `SessionLost`."""
+        if position != self.cache.length:
+            self._num_cuts += 1
         self._shared.memory.take(self._tenant, partial(self.cache.make_room, position, num_tokens, beam_indices))
 
     def prepare(self) -> None:
-        """On the device: makes what can be made for the next token before it comes."""
-        has_padding = self.padding.mask(self.length) is not None
-        if self._tenant.is_inside and not has_padding and 0 < self.length < self.request.max_length:
-            self.prepared = self.model.prepare(self.cache, self.request.span)
+        """On the device: makes what can be made for the next token before it comes.
+
+        Meanwhile the trio thread may give the session room for that token, which does no harm. Where it cuts the cache,
+        what was made is worth nothing.
+        """
+        num_cuts, length = self._num_cuts, self.cache.length
+        has_padding = self.padding.mask(length) is not None
+        if self._tenant.is_inside and not has_padding and 0 < length < self.request.max_length:
+            prepared = self.model.prepare(self.cache, self.request.span)
+            self.prepared = prepared if num_cuts == self._num_cuts else None
 
     async def _read(self, step: Step) -> StepTensors:
         """Raises `BadRequest`."""
@@ -139,6 +149,7 @@ class SpanSession:
 
     def _leave_memory(self) -> None:
         """Holds no pages any more; a step that waits is over."""
+        self._num_cuts += 1
         self.prepared = None
         self.cache.release()
         if self._work is not None:
@@ -185,7 +196,7 @@ class StepJob:
     def run_together(self, jobs: Sequence[Job]) -> Sequence[outcome.Outcome[WireTensor | None]]:
         steps = cast("Sequence[StepJob]", jobs)
         try:
-            answers = self._session.model.run_batch([step._batched() for step in steps])
+            answers = self._session.model.run_batch([step._batched() for step in steps], self._session.request.adapter)
         except Exception:
             # Isolation border: whichever of them it was, the others can go on. The caches are as they were.
             logger.exception("a batch of %d decode steps failed; they are run one by one", len(steps))
@@ -223,6 +234,7 @@ class StepJob:
             position_ids=None if tensors.position_ids is None else tensors.position_ids[:, start:end],
             blocks=session.request.span,
             prepared=prepared,
+            adapter=session.request.adapter,
         )
         return answer.to(sent.dtype)
 

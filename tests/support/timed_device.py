@@ -28,10 +28,10 @@ class TimedDevice:
         self,
         function: Callable[[], Any],
         deliver: Callable[[outcome.Outcome[Any], float], None],
-        rested: Callable[[], None] | None = None,
+        afterwards: Callable[[], None] | None = None,
     ) -> None:
         self.num_started += 1
-        self._nursery.start_soon(self._work, function, deliver, rested)
+        self._nursery.start_soon(self._work, function, deliver, afterwards)
 
     async def run(self, function: Callable[[], Any]) -> Any:
         done = trio.Event()
@@ -49,7 +49,7 @@ class TimedDevice:
         self,
         function: Callable[[], Any],
         deliver: Callable[[outcome.Outcome[Any], float], None],
-        rested: Callable[[], None] | None,
+        afterwards: Callable[[], None] | None,
     ) -> None:
         async with self._turn:
             self._spent_s = self.work_s
@@ -59,5 +59,5 @@ class TimedDevice:
             num_started = self.num_started
             deliver(result, took_s)
         await trio.sleep(REST_S)
-        if rested is not None and self.num_started == num_started:
-            rested()
+        if afterwards is not None and self.num_started == num_started:
+            afterwards()

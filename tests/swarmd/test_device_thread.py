@@ -124,31 +124,67 @@ async def test_leaving_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -
     left_behind.join(LONGEST_WAIT_S)
 
 
-async def test_what_is_started_is_delivered_with_the_time_it_took_and_a_rest_is_told() -> None:
-    told: list[tuple[str, object]] = []
-    rested = trio.Event()
+async def test_what_is_started_is_delivered_with_the_time_it_took() -> None:
+    delivered: list[tuple[str, float]] = []
     times_s = itertools.count(10.0, 2.5)
 
-    def deliver(result: outcome.Outcome[str], took_s: float) -> None:
-        told.append((result.unwrap(), took_s))
-
     async with open_device_thread(clock_s=lambda: next(times_s)) as device:
-        device.start(lambda: "first", deliver, lambda: pytest.fail("something else was waiting"))
-        device.start(lambda: "second", deliver, rested.set)
-        with trio.fail_after(LONGEST_WAIT_S):
-            await rested.wait()
-        assert told == [("first", 2.5), ("second", 2.5)]
-        assert await device.run(lambda: "after the rest") == "after the rest"
+        for name in ("first", "second"):
+            device.start(lambda name=name: name, lambda result, took_s: delivered.append((result.unwrap(), took_s)))
+        await device.run(lambda: None)
+    assert delivered == [("first", 2.5), ("second", 2.5)]
 
 
 async def test_a_failure_is_delivered_too() -> None:
     delivered: list[outcome.Outcome[None]] = []
-
-    def fail() -> None:
-        raise RuntimeError("out of memory")
-
     async with open_device_thread() as device:
         device.start(fail, lambda result, _: delivered.append(result))
         assert await device.run(lambda: "still there") == "still there"
     assert isinstance(delivered[0], outcome.Error)
     assert str(delivered[0].error) == "out of memory"
+
+
+async def test_what_is_left_for_afterwards_runs_when_nothing_waits() -> None:
+    ran: list[str] = []
+    done, gate = threading.Event(), threading.Event()
+
+    def finish() -> None:
+        ran.append("afterwards")
+        done.set()
+
+    async with open_device_thread() as device:
+        device.start(partial(gate.wait, LONGEST_WAIT_S), ignore, finish)
+        device.start(lambda: ran.append("next"), ignore)
+        gate.set()
+        assert await trio.to_thread.run_sync(done.wait, LONGEST_WAIT_S)
+    assert ran == ["next", "afterwards"]
+
+
+async def test_what_fails_afterwards_is_logged_and_hurts_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    failed = threading.Event()
+
+    def fail_and_tell() -> None:
+        failed.set()
+        fail()
+
+    async with open_device_thread() as device:
+        device.start(lambda: "answered", ignore, fail_and_tell)
+        assert await trio.to_thread.run_sync(failed.wait, LONGEST_WAIT_S)
+        assert await device.run(lambda: "still there") == "still there"
+    assert "out of memory" in caplog.text
+
+
+async def test_nothing_is_done_after_a_failure() -> None:
+    ran: list[str] = []
+    async with open_device_thread() as device:
+        device.start(fail, ignore, lambda: ran.append("afterwards"))
+        await trio.sleep(0.02)
+    assert not ran
+
+
+def fail() -> None:
+    raise RuntimeError("out of memory")
+
+
+def ignore(result: outcome.Outcome[object], took_s: float) -> None:
+    """Nobody waits for it."""

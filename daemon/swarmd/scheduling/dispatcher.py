@@ -7,9 +7,8 @@ only between two parts (`Job.make_room`, `when_idle`), nothing needs a lock.
 Knows nothing of torch, tensors or sessions; read `scheduler.py` for what is picked, `swarmd/span_session.py` for jobs.
 """
 
-import logging
 import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,11 +24,8 @@ from swarmd.scheduling.costs import CostModel
 from swarmd.scheduling.scheduler import Scheduler
 from swarmd.scheduling.work import Kind, Part, Work
 
-logger = logging.getLogger(__name__)
-
 Result = Any
 """Of a job; what it is is between the job and whoever waits for it."""
-MAX_AFTERWARDS = 256
 
 
 class Job(Protocol):
@@ -51,7 +47,8 @@ class Job(Protocol):
         ...
 
     def prepare_next(self) -> None:
-        """On the device, when it has rested for a moment after this job: what can be done for the one that follows."""
+        """On the device, when it has rested for a moment after a part of this job that ran alone: what can be done for
+        what follows. The only one of these functions that runs while memory may change hands."""
         ...
 
 
@@ -82,8 +79,6 @@ class Dispatcher:
         self._waiting: dict[Work, _Waiting] = {}
         self._is_busy = False
         self._when_idle: list[Callable[[], None]] = []
-        self._afterwards: deque[Callable[[], None]] = deque(maxlen=MAX_AFTERWARDS)
-        """Of jobs that ran alone, for when the device rests; of too many the oldest are forgotten."""
         self._queue_delay = QueueDelay(trio.current_time())
         self._num_parts: Counter[Kind] = Counter()
         self._num_tokens: Counter[Kind] = Counter()
@@ -113,6 +108,7 @@ class Dispatcher:
             while waiting.result is None:
                 await waiting.until_woken()
                 if waiting.result is None:
+                    waiting.scope = trio.CancelScope()
                     self._hand_over()
             return waiting.result.unwrap()
         finally:
@@ -149,7 +145,7 @@ class Dispatcher:
 
     def _hand_over(self) -> None:
         """Gives the device what is to run next, if it is free and something may."""
-        while not self._is_busy:
+        while self._waiting and not self._is_busy:
             now_s = trio.current_time()
             part = self._scheduler.next(now_s)
             if part is None:
@@ -160,7 +156,12 @@ class Dispatcher:
                 part = part.of([waiting.job.work for waiting in ready])
                 self._note_start(part, now_s)
                 jobs = [waiting.job for waiting in ready]
-                self._start(partial(_run, jobs, part), partial(self._delivered, part, ready))
+                self._is_busy = True
+                self._device.start(
+                    partial(_run, jobs, part),
+                    partial(self._delivered, part, ready),
+                    jobs[0].prepare_next if len(jobs) == 1 else None,
+                )
 
     def _set_alarm(self) -> None:
         """Has one of those who wait ask again in time, where something waits for no event but time."""
@@ -181,10 +182,6 @@ class Dispatcher:
     def _note_start(self, part: Part, now_s: float) -> None:
         if part.kind is Kind.DECODE:
             self._queue_delay.note(now_s - min(work.arrived_s for work in part.works), now_s)
-
-    def _start(self, function: Callable[[], Any], deliver: Callable[[outcome.Outcome[Any], float], None]) -> None:
-        self._is_busy = True
-        self._device.start(function, deliver, self._rested)
 
     def _delivered(
         self,
@@ -208,24 +205,6 @@ class Dispatcher:
         for waiting, each in zip(ran, results, strict=True):
             if isinstance(each, outcome.Error) or waiting.job.work.is_done:
                 self._end(waiting, each)
-        if len(ran) == 1 and part.kind is Kind.DECODE and isinstance(results[0], outcome.Value):
-            self._afterwards.append(ran[0].job.prepare_next)
-        self._back()
-
-    def _rested(self) -> None:
-        """In the trio thread: the device has had nothing to do for a moment."""
-        if self._is_busy or not self._afterwards or self._scheduler.num_waiting:
-            return
-        self._start(self._afterwards.popleft(), self._prepared)
-
-    def _prepared(self, result: outcome.Outcome[None], _: float) -> None:
-        self._is_busy = False
-        if isinstance(result, outcome.Error):
-            logger.error("what was left for afterwards failed", exc_info=result.error)
-        self._back()
-
-    def _back(self) -> None:
-        """The device is free again."""
         functions, self._when_idle = self._when_idle, []
         for function in functions:
             function()
@@ -260,7 +239,6 @@ class _Waiting:
         self._task = trio.lowlevel.current_task()
         with self.scope:
             await trio.lowlevel.wait_task_rescheduled(stop_waiting)
-        self.scope = trio.CancelScope()
 
     def wake_with(self, result: outcome.Outcome[Result]) -> None:
         self.result = result

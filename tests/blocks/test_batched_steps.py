@@ -102,6 +102,18 @@ def test_rows_may_lie_in_pieces_and_be_rolled_back(
         assert_same(span.run_batch(steps), answers)
 
 
+def test_a_row_in_pieces_attends_to_all_of_them(span: SpanModel) -> None:
+    pool = span.new_pool(3)
+    caches = [session(span, pool, 20, max_length=PAGE_TOKENS) for _ in range(2)]
+    for start in (20, 27):
+        span.run(torch.randn(1, 7, HIDDEN), caches[0], position=start)
+    assert caches[0].placement.first_slots == (None,)
+
+    steps = next_steps(caches)
+    expected = apart(span, steps)
+    assert_same(span.run_batch(steps), expected)
+
+
 def test_beams_that_share_pages_can_be_part_of_a_batch(span: SpanModel) -> None:
     pool = span.new_pool(20)
     beams, other = session(span, pool, 40, num_rows=3), session(span, pool, 5)

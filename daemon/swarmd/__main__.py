@@ -71,6 +71,9 @@ def _add_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     compute.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")
     compute.add_argument("--dtype", help="auto (default: the checkpoint's), float32, bfloat16 or float16")
     compute.add_argument("--quant", help="none, int8 or nf4: bits of a weight (default: nf4 on CUDA, else none)")
+    compute.add_argument(
+        "--adapters", metavar="PATH[=NAME]", nargs="+", help="LoRA adapters (folders or hub ids) that sessions may pick"
+    )
     compute.add_argument("--threads", metavar="N", help="of torch (default: one per physical core)")
     compute.add_argument(
         "--throughput",

@@ -5,6 +5,8 @@ Shapes and dtypes that no server could take are refused where a message is made 
 facts of this model, this span and this session.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from p2pswarm.core.errors import BadRequest
@@ -28,9 +30,13 @@ def check_span(wanted: Span, served: Span) -> None:
         raise BadRequest(f"this server has blocks {served}, asked were {wanted}")
 
 
+def check_adapter(wanted: str | None, served: Sequence[str]) -> None:
+    if wanted is not None and wanted not in served:
+        has = f"the adapters {', '.join(served)}" if served else "no adapters"
+        raise BadRequest(f"this server has {has}, asked was {wanted}")
+
+
 def check_open(request: OpenSession, *, max_length: int) -> None:
-    if request.adapter is not None:
-        raise BadRequest(f"this server has no adapters, asked was {request.adapter}")
     if request.max_length > max_length:
         raise BadRequest(f"this server takes sessions of up to {max_length} tokens, asked were {request.max_length}")
 

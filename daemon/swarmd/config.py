@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from p2pswarm.checkpoint.adapter_place import AdapterPlace
 from p2pswarm.core.byte_sizes import parse_byte_size
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.quantization import Quantization
@@ -23,6 +24,7 @@ from swarmd.throughput import ThroughputSetting, ThroughputSource, parse_through
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MAX_PORT = 65535
+MAX_ADAPTERS = 64
 MAX_NAME_LETTERS = 128
 """What an announcement may carry (`wire/server_info.py`)."""
 
@@ -69,6 +71,8 @@ class ServerConfig(NodeConfig):
     dtype: str = "auto"
     quant: Quantization | None = None
     """How weights are held; None: nf4 on CUDA, not quantized elsewhere."""
+    adapters: tuple[AdapterPlace, ...] = ()
+    """LoRA adapters that sessions may ask for."""
     device: str = "auto"
     threads: int | None = None
     """Of torch; None: one per physical core."""
@@ -102,6 +106,7 @@ class ServerConfig(NodeConfig):
         _check(bool(self.model), "model", "a folder, a hub id or a .gguf file", self.model)
         if self.blocks is not None and self.num_blocks is not None:
             raise ConfigError(f"give --blocks or --num-blocks, not both (got {self.blocks} and {self.num_blocks})")
+        _check(len(self.adapters) <= MAX_ADAPTERS, "adapters", f"at most {MAX_ADAPTERS}", len(self.adapters))
         for name in ("num_blocks", "threads", "max_length"):
             value = getattr(self, name)
             _check(value is None or value >= 1, name, "a whole number from 1", value)
@@ -162,6 +167,10 @@ def _text(name: str, value: object) -> str:
     if not isinstance(value, str):
         raise _wrong_kind(name, "text", value)
     return value
+
+
+def _adapters(name: str, value: object) -> tuple[AdapterPlace, ...]:
+    return tuple(AdapterPlace.parse(text) for text in _texts(name, value))
 
 
 def _whole_number(name: str, value: object) -> int:
@@ -247,6 +256,7 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "num_blocks": _whole_number,
     "dtype": _text,
     "quant": _quantization,
+    "adapters": _adapters,
     "device": _text,
     "threads": _whole_number,
     "name": _text,

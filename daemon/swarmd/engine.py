@@ -73,7 +73,6 @@ class OpenedModel:
         needs = replace(needs, weights_bytes=self.with_adapters(needs.weights_bytes))
         return count_blocks(needs, free_memory_bytes(self.device), spare_share(self.device.type), kv_size)
 
-
     def with_adapters(self, weights_bytes: Sequence[int]) -> tuple[int, ...]:
         """What each block's weights take together with its part of the adapters."""
         return tuple(

@@ -111,6 +111,7 @@ class ForwardJob:
             attention_mask=None if tensors.mask is None else tensors.mask[rows, :end],
             position_ids=None if tensors.position_ids is None else tensors.position_ids[rows, start:end],
             blocks=self._request.span,
+            adapter=self._request.adapter,
         )
         return answer.to("cpu", hidden_states.dtype)
 

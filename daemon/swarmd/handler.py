@@ -60,6 +60,7 @@ class SpanService:
         served = self._served
         checks.check_model(request.model_id, served.model_id)
         checks.check_span(request.span, served.model.span)
+        checks.check_adapter(request.adapter, served.model.adapter_ids)
         checks.check_open(request, max_length=served.max_length)
         tenant = self.memory.come(request.batch_size, request.max_length, request.first_tokens)
         try:
@@ -74,6 +75,7 @@ class SpanService:
         served = self._served
         checks.check_model(request.model_id, served.model_id)
         checks.check_span(request.span, served.model.span)
+        checks.check_adapter(request.adapter, served.model.adapter_ids)
         checks.check_hidden_size(request.hidden_states, served.model.hidden_size)
         num_tokens = request.hidden_states.shape[1]
         if not 1 <= num_tokens <= served.max_length:

@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from p2pswarm.blocks.adapted_layers import adapt_layers
+from p2pswarm.blocks.adapters import Adapter, LoadedAdapter
 from p2pswarm.blocks.architecture import Layout, lay_out, layer_kinds, layer_windows
 from p2pswarm.blocks.batch_attention import Rows, RowsCache, attention_by_rows
 from p2pswarm.blocks.kv_cache import SpanCache, own_pool_pages
@@ -116,7 +118,15 @@ class SpanBlock(nn.Module):
 class SpanModel:
     """Blocks `span` of a model. Owned by one thread; holds no state of any session."""
 
-    def __init__(self, layout: Layout, span: Span, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        span: Span,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        adapters: Sequence[LoadedAdapter] = (),
+    ) -> None:
         """Takes the layout's blocks over; they and all around them must hold their weights."""
         self.span = span
         self.hidden_size = layout.hidden_size
@@ -135,11 +145,17 @@ class SpanModel:
         self.cache_bytes_per_token = 0
         """Keys and values of one token of one sequence, over the whole span."""
         pack_weights(self._decoder, self._try_out)
+        self._active_adapter = adapt_layers(self._blocks, adapters)
         make_lean(self._decoder)
         self._can_prepare = True  # until it is tried
         self._can_prepare = self._prepares_exactly()
         self.can_batch = self._batches_exactly()
         """Whether `run_batch` gives what `run` gives, but for rounding."""
+
+    @property
+    def adapter_ids(self) -> tuple[str, ...]:
+        """Of the adapters that runs may ask for."""
+        return self._active_adapter.known
 
     def new_pool(self, num_pages: int) -> KVPool:
         """Memory for the keys and values of many sessions; on a CPU it becomes resident as it is used."""
@@ -188,6 +204,7 @@ class SpanModel:
         position_ids: torch.Tensor | None = None,
         blocks: Span | None = None,
         prepared: PreparedStep | None = None,
+        adapter: str | None = None,
     ) -> torch.Tensor:
         """The hidden states after the last of `blocks` (all of the span's), shaped as those that came in.
 
@@ -195,7 +212,9 @@ class SpanModel:
         holds after them is forgotten first. `attention_mask: [batch, position + tokens], bool`, False where there is
         padding. `position_ids: [batch, tokens], int64`; None counts on from `position`. On an exception the cache
         holds the first `position` tokens. Without a cache, `position` must be 0. What is `prepared` need not fit.
+        `adapter`: one of `adapter_ids`; what is prepared is the same for all.
         """
+        self._active_adapter.choose(adapter)
         wanted = blocks or self.span
         if not self.span.contains(wanted):
             raise ValueError(f"blocks {wanted} are not in the span {self.span}")
@@ -221,12 +240,13 @@ class SpanModel:
             raise
 
     @torch.inference_mode()
-    def run_batch(self, steps: Sequence[BatchedStep]) -> list[torch.Tensor]:
+    def run_batch(self, steps: Sequence[BatchedStep], adapter: str | None = None) -> list[torch.Tensor]:
         """What `run` returns for each of the steps, but for rounding, in one pass through the weights.
 
-        The caches are of different sessions, without padding, over the same blocks and the same pool. On an exception
-        each holds the tokens before its position. Only where `can_batch`.
+        The caches are of different sessions, without padding, over the same blocks and the same pool, all with the same
+        adapter. On an exception each holds the tokens before its position. Only where `can_batch`.
         """
+        self._active_adapter.choose(adapter)
         pool, span = steps[0].cache.pool, steps[0].cache.span
         for step in steps:
             self._check_batched(step, pool, span)
@@ -356,8 +376,9 @@ def load_span(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     quantization: Quantization = Quantization.NONE,
+    adapters: Sequence[Adapter] = (),
 ) -> SpanModel:
-    """The span of the checkpoint's model, with only its own tensors read.
+    """The span of the checkpoint's model, with only its own tensors read, and those of the adapters that change it.
 
     Raises `UnsupportedModelError`, `CheckpointError`, or `ConfigError` when the model has no such blocks or the device
     cannot hold them so.
@@ -378,4 +399,5 @@ def load_span(
             load_weights(layout.model, source, dtype=dtype, device=device)
         else:
             load_quantized(layout, span, source, quantization, dtype=dtype, device=device)
-        return SpanModel(layout, span, dtype=dtype, device=device)
+        loaded = [adapter.load(span, dtype=dtype, device=device) for adapter in adapters]
+        return SpanModel(layout, span, dtype=dtype, device=device, adapters=loaded)

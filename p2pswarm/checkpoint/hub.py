@@ -8,7 +8,7 @@ the model. Small files lie where the hub's own library keeps them. Which parts a
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -103,6 +103,10 @@ class HubModel:
         part = FilePart(file_name, start, end, self.file(file_name).size_bytes)
         with self._explained(f"cannot download {file_name} of {self.name}"):
             yield from read_part(url, build_hf_headers(token=self._token), part)
+
+    @property
+    def file_names(self) -> Collection[str]:
+        return self._at.files.keys()
 
     def file(self, file_name: str) -> HubFile:
         try:

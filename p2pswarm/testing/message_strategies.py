@@ -143,6 +143,7 @@ def forwards(draw: st.DrawFn) -> Forward:
         attention_mask=draw(st.none() | wire_tensors(shape[:2], "bool")),
         position_ids=draw(st.none() | wire_tensors(shape[:2], "int64")),
         codec=draw(st.sampled_from(Codec)),
+        adapter=draw(st.none() | _IDENTIFIERS),
     )
 
 

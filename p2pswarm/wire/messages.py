@@ -327,9 +327,12 @@ class Forward:
     position_ids: WireTensor | None = None
     """int64 [batch, tokens]"""
     codec: Codec = Codec.NONE
+    adapter: str | None = None
 
     def __post_init__(self) -> None:
         _check_identifier(self.model_id, "model_id")
+        if self.adapter is not None:
+            _check_identifier(self.adapter, "adapter")
         _check_hidden_states(self.hidden_states)
         batch_size, num_tokens, _ = self.hidden_states.shape
         _check_tensor(self.attention_mask, "attention_mask", "bool", (batch_size, num_tokens))

@@ -325,6 +325,7 @@ def _forward_values(message: Forward) -> dict[str, Any]:
         "model_id": message.model_id,
         "span": [message.span.start, message.span.end],
         "codec": message.codec.value,
+        "adapter": message.adapter,
     }
 
 
@@ -336,6 +337,7 @@ def _read_forward(fields: Fields, tensors: _Tensors) -> Forward:
         attention_mask=tensors.optional("attention_mask"),
         position_ids=tensors.optional("position_ids"),
         codec=_codec_named(fields, fields.text("codec", default=Codec.NONE.value)),
+        adapter=fields.text("adapter") if fields.has("adapter") else None,
     )
 
 

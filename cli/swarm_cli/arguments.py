@@ -59,6 +59,7 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
         default="none",
         help="how hidden states travel; other than none, the answers are no longer exactly the local model's",
     )
+    _add_adapter(command)
     command.add_argument(
         "--exact", action="store_true", help="only servers with unquantized weights, so that the tokens are the model's"
     )
@@ -82,6 +83,7 @@ def _route_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-length", type=_positive, metavar="TOKENS", help="of the session that the route is for; default: any"
     )
+    _add_adapter(command)
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -157,6 +159,12 @@ def _add_own_swarm(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--threads", type=_positive, default=1, metavar="N", help="torch threads of each process; default: %(default)s"
+    )
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--adapter", metavar="NAME", help="LoRA adapter, as servers announce it; default: the plain model"
     )
 
 

@@ -17,6 +17,7 @@ from p2pswarm.core.errors import ConfigError, SwarmingError
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
+from p2pswarm.routing.adapters import find_adapter
 from p2pswarm.routing.dstar_planner import DStarLitePlanner
 from p2pswarm.routing.explain import EdgeKind, Explanation, RouteEdge, TurnedDown
 from p2pswarm.routing.planner import RouteRequest
@@ -56,7 +57,8 @@ async def _explain(arguments: argparse.Namespace) -> ExplainedRoute:
         round_trips_s = await _measure(membership, model.servers)
         planner = DStarLitePlanner(membership.config.costs)
         planner.update(model.servers, round_trips_s)
-        request = RouteRequest(Span(0, model.num_blocks), max_length=arguments.max_length or 0)
+        adapter = None if arguments.adapter is None else find_adapter(arguments.adapter, model.servers)
+        request = RouteRequest(Span(0, model.num_blocks), max_length=arguments.max_length or 0, adapter=adapter)
         explanation = planner.explain(request, trio.current_time())
         servers = {server.peer_id: server for server in model.servers}
         return ExplainedRoute(model.model_id, servers, round_trips_s, explanation)

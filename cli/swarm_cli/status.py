@@ -61,6 +61,7 @@ def as_json(model: AnnouncedModel, loads: Loads | None = None) -> dict[str, Any]
                 "state": server.state.value,
                 "dtype": server.dtype,
                 "quantization": server.quantization,
+                "adapters": list(server.adapters),
                 "throughput_tokens_per_s": server.throughput_tokens_per_s,
                 "inference_tokens_per_s": server.inference_tokens_per_s,
                 "cache_tokens_left": server.cache_tokens_left,

@@ -66,6 +66,8 @@ class ClientConfig:
     blocked_servers: frozenset[PeerId] = frozenset()
     quantization: frozenset[Quantization] | None = None
     """Only servers that announce one of these; None: any. With NONE alone, the answers are the local model's."""
+    active_adapter: str | None = None
+    """LoRA adapter of sessions and forward passes that are not given one; None: none."""
     costs: CostModel = field(default_factory=CostModel)
 
     def timeout_s(self, num_tokens: int) -> float:

@@ -51,17 +51,19 @@ class BlocksDispatch:
     """The `run_blocks` of a client model."""
 
     def __init__(
-        self, forward: Callable[[StepInput], Awaitable[torch.Tensor]], call: Call = trio.from_thread.run
+        self, forward: Callable[[StepInput, str | None], Awaitable[torch.Tensor]], call: Call = trio.from_thread.run
     ) -> None:
+        """`forward` is told the adapter of the session around the pass, if there is one."""
         self._forward = forward
         self._call = call
 
     def __call__(self, call: BlocksCall) -> torch.Tensor:
         step = _step_input(call)
-        if call.cache is None:
-            result: torch.Tensor = self._call(self._forward, step)
-            return result
         active = active_session()
+        if call.cache is None:
+            adapter = None if active is None else active.session.adapter
+            result: torch.Tensor = self._call(self._forward, step, adapter)
+            return result
         if active is None:
             raise ConfigError("a forward pass with a cache needs a session: call it inside model.inference_session()")
         result = active.call(active.session.step, step)

@@ -53,15 +53,24 @@ class DistributedModel:
         return self.checkpoint.tokenizer()
 
     @asynccontextmanager
-    async def session(self, *, max_length: int) -> AsyncIterator[GeneratingSession]:
-        """A session for up to `max_length` tokens a sequence, prompts and answers together.
+    async def session(self, *, max_length: int, adapter: str | None = None) -> AsyncIterator[GeneratingSession]:
+        """A session for up to `max_length` tokens a sequence, prompts and answers together, by an adapter's name or id
+        through that adapter (by default `ClientConfig.active_adapter`).
 
-        Its servers are asked for room at the first step. They forget it when the context is left.
+        Its servers are asked for room at the first step. They forget it when the context is left. Raises
+        `AdapterNotFound`, or `ConfigError` where several adapters go by the name.
         """
+        adapter_id = await self.servers.find_adapter(adapter)
         with single_error():
             async with trio.open_nursery() as nursery:
                 session = GeneratingSession(
-                    self.shell, self.servers, self._rpc, self._config, max_length=max_length, nursery=nursery
+                    self.shell,
+                    self.servers,
+                    self._rpc,
+                    self._config,
+                    max_length=max_length,
+                    adapter=adapter_id,
+                    nursery=nursery,
                 )
                 try:
                     yield session
@@ -74,8 +83,11 @@ class DistributedModel:
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        *,
+        adapter: str | None = None,
     ) -> torch.Tensor:
-        """`hidden_states` [batch, tokens, hidden] through all blocks, remembering nothing."""
+        """`hidden_states` [batch, tokens, hidden] through all blocks, remembering nothing; `adapter` as in
+        `session`."""
         return await self._forward_pass.run(
-            StepInput(hidden_states, 0, attention_mask=attention_mask, position_ids=position_ids)
+            StepInput(hidden_states, 0, attention_mask=attention_mask, position_ids=position_ids), adapter
         )

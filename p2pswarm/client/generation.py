@@ -106,9 +106,10 @@ class GeneratingSession(Session):
         config: ClientConfig,
         *,
         max_length: int,
+        adapter: str | None = None,
         nursery: trio.Nursery,
     ) -> None:
-        super().__init__(servers, rpc, config, max_length=max_length, nursery=nursery)
+        super().__init__(servers, rpc, config, max_length=max_length, adapter=adapter, nursery=nursery)
         self._shell = shell
         self._latest: Generation | None = None
 

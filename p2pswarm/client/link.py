@@ -58,6 +58,7 @@ class LinkTerms:
     batch_size: int
     codec: Codec
     alloc_timeout_s: float
+    adapter: str | None
 
 
 class Link:
@@ -150,6 +151,7 @@ async def open_link(
         terms.max_length,
         terms.batch_size,
         terms.codec,
+        terms.adapter,
         alloc_timeout_s=terms.alloc_timeout_s,
         first_tokens=first_tokens,
     )

@@ -82,7 +82,12 @@ class Mender:
         planned: dict[Hop, ServerInfo] = {}
         for gap in chain.gaps:
             request = RouteRequest(
-                gap, self._terms.max_length, self._terms.batch_size, avoided, pushes=self._config.use_push
+                gap,
+                self._terms.max_length,
+                self._terms.batch_size,
+                avoided,
+                pushes=self._config.use_push,
+                adapter=self._terms.adapter,
             )
             kept = _directly_after(gap, chain.links)
             if kept and position:

@@ -16,11 +16,19 @@ import trio
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.recovery import HopFailure, Recovery, ban_reason
 from p2pswarm.client.step_times import StepTimes
-from p2pswarm.core.errors import MissingBlocksError, NetworkError, RemoteError, RequestRefused, SwarmingError
+from p2pswarm.core.errors import (
+    AdapterNotFound,
+    MissingBlocksError,
+    NetworkError,
+    RemoteError,
+    RequestRefused,
+    SwarmingError,
+)
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span, uncovered
 from p2pswarm.net.network import Network
+from p2pswarm.routing.adapters import find_adapter
 from p2pswarm.routing.bans import Ban, BanReason
 from p2pswarm.routing.planner import Planner, RepairRequest, RouteRequest, ServerFilter
 from p2pswarm.routing.route import Hop, Route, short_peers
@@ -158,7 +166,21 @@ class ModelServers:
         """Servers that are left out of new routes now."""
         return self._planner.banned(trio.current_time())
 
-    def may_return(self, missing: Sequence[tuple[int, int]], max_length: int) -> bool:
+    async def find_adapter(self, name: str | None) -> str | None:
+        """The id of the adapter of that name or id, by default that of the config; None: none.
+
+        Where no server announces it, asks the swarm once more, then raises `AdapterNotFound`; `ConfigError` where it
+        may be any of several.
+        """
+        wanted = name or self._config.active_adapter
+        if wanted is None:
+            return None
+        with contextlib.suppress(AdapterNotFound):
+            return find_adapter(wanted, self.known.values())
+        await self._view.refresh()
+        return find_adapter(wanted, self.known.values())
+
+    def may_return(self, missing: Sequence[tuple[int, int]], max_length: int, adapter: str | None = None) -> bool:
         """Whether all of the missing blocks are held by servers that could be used if they were ready."""
         spans = [
             server.span
@@ -166,6 +188,7 @@ class ModelServers:
             if server.state in (ServerState.JOINING, ServerState.ONLINE)
             and self._filter.objection(server) is None
             and (server.max_length == 0 or server.max_length >= max_length)
+            and (adapter is None or adapter in server.adapters)
         ]
         return not any(uncovered(spans, Span(start, end)) for start, end in missing)
 

@@ -36,11 +36,20 @@ class Session:
     """Made by `DistributedModel.session`; used by one task at a time. `nursery` holds its connections open."""
 
     def __init__(
-        self, servers: ModelServers, rpc: RpcClient, config: ClientConfig, *, max_length: int, nursery: trio.Nursery
+        self,
+        servers: ModelServers,
+        rpc: RpcClient,
+        config: ClientConfig,
+        *,
+        max_length: int,
+        adapter: str | None = None,
+        nursery: trio.Nursery,
     ) -> None:
+        """`adapter`: the id of one that servers announce."""
         if max_length < 1:
             raise ConfigError(f"a session's max_length is at least 1 token, got {max_length}")
         self.max_length = max_length
+        self.adapter = adapter
         self.history: TokenHistory | None = None
         """The tokens behind the positions, where `generate` was used."""
         self.num_recoveries = 0
@@ -161,6 +170,7 @@ class Session:
                 step.batch_size,
                 self._config.codec,
                 self._config.alloc_timeout_s,
+                self.adapter,
             )
             mender = Mender(self._servers, self._rpc, self._config, terms, self._nursery)
             self._running = running = _Running(self._servers, self._config, terms, mender)
@@ -217,7 +227,7 @@ class Session:
     async def _wait_for_blocks(self, error: MissingBlocksError, recovery: Recovery, running: "_Running") -> None:
         """Waits until another try makes sense. Raises the error when it does not, or when the time is up."""
         self._check_open()
-        if running.route is None and not self._servers.may_return(error.missing, self.max_length):
+        if running.route is None and not self._servers.may_return(error.missing, self.max_length, self.adapter):
             raise recovery.explained(error)
         wait_s = recovery.wait_s(error, trio.current_time())
         if recovery.num_waits == 2:

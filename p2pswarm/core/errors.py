@@ -25,6 +25,7 @@ SwarmingError
 └── SwarmError                the swarm as a whole cannot do it now
     ├── NoPeersError          none of the known peers answers
     ├── ModelNotFound         nobody announces the model
+    ├── AdapterNotFound       nobody announces the adapter
     └── MissingBlocksError    no server announces some blocks of the model
 """
 
@@ -143,6 +144,10 @@ class NoPeersError(SwarmError):
 
 class ModelNotFound(SwarmError):
     """Nobody announces the model."""
+
+
+class AdapterNotFound(SwarmError):
+    """Nobody announces the adapter."""
 
 
 class MissingBlocksError(SwarmError):

@@ -1,6 +1,7 @@
 """The blocking way in: a model from its name and any one peer of a swarm."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,16 +32,20 @@ class AutoDistributedModelForCausalLM:
         token: str | None = None,
         cache_dir: Path | None = None,
         identity: Identity | None = None,
+        active_adapter: str | None = None,
         config: ClientConfig | None = None,
     ) -> PreTrainedModel:
         """transformers' own model class, whose blocks run in the swarm that `peers` (multiaddrs) belong to.
 
         `model` is a folder, a hub id or a `.gguf` file; only what is not in blocks is read. `dtype` is that of the part
-        that runs here, by default what the servers compute in. In addition to what transformers gives it, the model has
+        that runs here, by default what the servers compute in. `active_adapter` names a LoRA adapter that servers have;
+        it goes before the config's. In addition to what transformers gives it, the model has
         `inference_session(max_length=...)`, `tokenizer`, `close()`, and is a context manager.
 
         Raises `NoPeersError`, `ModelNotFound`, `CheckpointError`, `UnsupportedModelError`, `ConfigError`.
         """
+        if active_adapter is not None:
+            config = replace(config or ClientConfig(), active_adapter=active_adapter)
         portal = Portal()
         try:
             swarm = portal.enter(open_swarm(peers, identity=identity, config=config)).value

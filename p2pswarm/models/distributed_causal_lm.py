@@ -43,7 +43,7 @@ class DistributedCausalLM:
 
     connection: Connection
 
-    def inference_session(self, *, max_length: int) -> InferenceSession:
+    def inference_session(self, *, max_length: int, adapter: str | None = None) -> InferenceSession:
         """A session for up to `max_length` tokens, prompts and answers together.
 
             with model.inference_session(max_length=1024) as session:
@@ -51,8 +51,9 @@ class DistributedCausalLM:
                 model.generate(more_text, max_new_tokens=50)  # goes on from there
 
         `session.position` tells and sets how many tokens count. Room at the servers is asked for at the first step.
+        `adapter`: the name or id of a LoRA adapter, by default that which `from_pretrained` was given.
         """
-        return InferenceSession(self.connection.portal, self.connection.model, max_length)
+        return InferenceSession(self.connection.portal, self.connection.model, max_length, adapter)
 
     def generate(
         self, inputs: torch.Tensor | None = None, *, session: InferenceSession | None = None, **options: Any

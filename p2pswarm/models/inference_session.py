@@ -17,10 +17,10 @@ from p2pswarm.routing.route import Route
 class InferenceSession:
     """Made by `model.inference_session`. Opened by `with`, or by hand: then `close` it and pass it as `session=`."""
 
-    def __init__(self, portal: Portal, model: DistributedModel, max_length: int) -> None:
+    def __init__(self, portal: Portal, model: DistributedModel, max_length: int, adapter: str | None = None) -> None:
         self.model = model
         self._portal = portal
-        self._entered = portal.enter(model.session(max_length=max_length))
+        self._entered = portal.enter(model.session(max_length=max_length, adapter=adapter))
         self._within = ExitStack()
 
     def __enter__(self) -> Self:

@@ -34,7 +34,7 @@ class LiveGraph:
     def serves(self, request: RouteRequest) -> bool:
         """Whether the request's routes are this graph's."""
         ours = self.request
-        if (request.span.end, request.pushes) != (ours.span.end, ours.pushes):
+        if (request.span.end, request.pushes, request.adapter) != (ours.span.end, ours.pushes, ours.adapter):
             return False
         if (request.max_length, request.cache_tokens) == (ours.max_length, ours.cache_tokens):
             return True

@@ -31,6 +31,8 @@ class Admission:
             return "failed it or has no room now"
         if 0 < server.max_length < request.max_length:
             return f"takes at most {server.max_length} tokens, {request.max_length} are wanted"
+        if request.adapter is not None and request.adapter not in server.adapters:
+            return f"does not have the adapter {request.adapter}"
         return self.servers.objection(server)
 
     def divide(

@@ -41,6 +41,8 @@ class RouteRequest:
     mode: RouteMode = RouteMode.MIN_LATENCY
     pushes: bool = True
     """Whether servers may hand on to each other, not through the client only."""
+    adapter: str | None = None
+    """Only servers that announce this one."""
 
     @property
     def cache_tokens(self) -> int:

@@ -107,7 +107,7 @@ async def serve(
 
 @dataclass(frozen=True, slots=True)
 class Running:
-    """A server that answers requests."""
+    """The parts of a server."""
 
     opened: "OpenedModel"
     presence: Presence
@@ -120,43 +120,56 @@ class Running:
 async def _start(config: ServerConfig, around: Surroundings, device: DeviceThread, nursery: trio.Nursery) -> Running:
     joined = trio.Event()
     nursery.start_soon(_join, config.peers, around, joined)
+    opened = await _open_model(config, around, device)
+    num_blocks = await _num_blocks_to_choose(config, device, opened, around.events)
+    told = config.blocks or Span(0, opened.num_blocks)
+    info = replace(joining_info(config, around.network, opened, told), is_pinned=num_blocks is None)
+    running = _assemble(config, around, device, opened, Presence(around.announcer, info))
+    await nursery.start(running.rpc.run)
+    async with open_transparent_nursery() as meanwhile:
+        if num_blocks is None:
+            meanwhile.start_soon(_announce_joining, running.presence, joined)
+        else:
+            await joined.wait()
+            await take_worst_served(num_blocks, running.presence, around.directory)
+        await running.life.begin()
+    nursery.start_soon(
+        running.line.measure,
+        opened.model_id,
+        around.directory,
+        around.network,
+        around.calls,
+        around.random,
+        around.events,
+    )
+    return running
+
+
+async def _open_model(config: ServerConfig, around: Surroundings, device: DeviceThread) -> "OpenedModel":
     await device.run(_import_engine)
-    from swarmd import engine  # at once: the device's thread has imported them
-    from swarmd.span_loading import ModelLoader
+    from swarmd import engine  # at once: the device's thread has imported it
 
     opened = await device.run(partial(engine.open_model, config, WeightProgress(around.events)))
     if opened.warning is not None:
         around.events("warning", message=opened.warning)
-    num_blocks = await _num_blocks_to_choose(config, device, opened, around.events)
-    told = config.blocks or Span(0, opened.num_blocks)
-    info = replace(joining_info(config, around.network, opened, told), is_pinned=num_blocks is None)
-    presence = Presence(around.announcer, info)
+    return opened
+
+
+def _assemble(
+    config: ServerConfig, around: Surroundings, device: DeviceThread, opened: "OpenedModel", presence: Presence
+) -> Running:
+    """The parts of a server, none of which has begun."""
+    from swarmd.span_loading import ModelLoader  # at once: the device's thread has imported it
+
     line = Line(
         RememberedLine(around.network.addresses, around.clock),
         is_measured_anew=config.throughput is ThroughputSource.EVAL,
     )
     current = CurrentSpan(presence, around.dht)
     rpc = RpcServer(around.network, current)
-    await nursery.start(rpc.run)
-    life = SpanLife(
-        around,
-        presence,
-        current,
-        rpc,
-        ModelLoader(opened, config, device, current.describe, around.events, line),
-        None if num_blocks is None else _balancing(config, around, presence),
-        grace_period_s=config.grace_period_s,
-    )
-    async with open_transparent_nursery() as meanwhile:
-        if num_blocks is None:
-            meanwhile.start_soon(_announce_joining, presence, joined)
-        else:
-            await joined.wait()
-            await take_worst_served(num_blocks, presence, around.directory)
-        await life.begin()
-    nursery.start_soon(
-        line.measure, opened.model_id, around.directory, around.network, around.calls, around.random, around.events
-    )
+    loader = ModelLoader(opened, config, device, current.describe, around.events, line)
+    balancing = None if presence.info.is_pinned else _balancing(config, around, presence)
+    life = SpanLife(around, presence, current, rpc, loader, balancing, grace_period_s=config.grace_period_s)
     return Running(opened, presence, rpc, current, life, line)
 
 

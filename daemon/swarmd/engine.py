@@ -12,6 +12,7 @@ from importlib.metadata import version
 import torch
 
 from p2pswarm.blocks.adapters import Adapter, fit_adapter
+from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.architecture import lay_out
 from p2pswarm.blocks.span_model import SpanModel, load_span
 from p2pswarm.checkpoint.adapter_files import open_adapter
@@ -141,7 +142,8 @@ def load(opened: OpenedModel, span: Span, config: ServerConfig) -> LoadedSpan:
         stated_tokens_per_s=None if isinstance(config.throughput, ThroughputSource) else config.throughput,
     )
     usable_bytes = int(free_memory_bytes(opened.device) * (1 - spare_share(opened.device.type)))
-    cache_tokens = kv_tokens(config.kv_cache, usable_bytes, model.cache_bytes_per_token)
+    num_pages = max(1, kv_tokens(config.kv_cache, usable_bytes, model.cache_bytes_per_token) // PAGE_TOKENS)
+    cache_tokens = num_pages * PAGE_TOKENS
     return LoadedSpan(model, speed, cache_tokens, _max_length(opened, config, cache_tokens))
 
 

@@ -11,6 +11,7 @@ Knows nothing of torch, nor of why to move.
 """
 
 import logging
+import math
 from dataclasses import dataclass, replace
 
 import trio
@@ -27,7 +28,7 @@ from swarmd.pings import PERIOD_S, Pings
 from swarmd.presence import Presence
 from swarmd.served_span import CurrentSpan, ServedSpan, SpanLoader
 from swarmd.surroundings import Surroundings
-from swarmd.watchdog import ServerFailure, Watchdog, check_computing
+from swarmd.watchdog import PROBE_TIMEOUT_S, ServerFailure, Watchdog, check_computing
 
 MAX_LISTING_TRIES = 3
 
@@ -143,7 +144,8 @@ class SpanLife:
         self._num_moves += 1
         await self._make_listed()
         took_s = round(trio.current_time() - began_at_s, 3)
-        self._tell("moved", left, self._presence.info.span, gain=round(move.gain, 3), took_s=took_s)
+        gain = round(move.gain, 3) if math.isfinite(move.gain) else None
+        self._tell("moved", left, self._presence.info.span, gain=gain, took_s=took_s)
 
     async def _leave(self, new: Span) -> None:
         """Begins nothing new, lets what runs finish, frees the memory, and announces the new blocks."""
@@ -152,7 +154,7 @@ class SpanLife:
         await self._rpc.drain(self._grace_period_s)
         self._serving = None
         self._current.end()
-        await self._loader.free()
+        await self._free()
         await self._announce_joining(new)
 
     async def _try_to_begin(self) -> str | None:
@@ -166,8 +168,15 @@ class SpanLife:
             return str(error) or type(error).__name__
         return None
 
+    async def _free(self) -> None:
+        """Raises `ServerFailure` where the device does not come to an end with what it is doing."""
+        with trio.move_on_after(PROBE_TIMEOUT_S) as deadline:
+            await self._loader.free()
+        if deadline.cancelled_caught:
+            raise ServerFailure(f"the device did not give memory back in {PROBE_TIMEOUT_S:.0f} s: it hangs")
+
     async def _go_back(self, span: Span, failure: str) -> None:
-        await self._loader.free()
+        await self._free()
         await self._announce_joining(span)
         again = await self._try_to_begin()
         if again is not None:

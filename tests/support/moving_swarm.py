@@ -135,7 +135,7 @@ class CountingLoader:
     loaded: list[Span] = field(default_factory=list)
     services: list[ArithmeticService] = field(default_factory=list)
     is_stuck: bool = False
-    """Whether steps are never answered."""
+    """Whether nothing that is asked of the device is ever answered."""
 
     async def load(self, info: ServerInfo) -> ServedSpan:
         await trio.sleep(self.loading_s)
@@ -158,7 +158,8 @@ class CountingLoader:
         await probe(service, info, HIDDEN_SIZE)
 
     async def free(self) -> None:
-        """Nothing to free."""
+        if self.is_stuck:
+            await trio.sleep_forever()
         await trio.lowlevel.checkpoint()
 
 

@@ -302,6 +302,16 @@ async def test_a_server_whose_device_hangs_ends_and_says_so(autojump_clock: Mock
         assert "the device has not answered a single token for 300 s" in str(hung.failure)
 
 
+async def test_a_server_whose_device_hangs_in_a_move_ends_too(autojump_clock: MockClock) -> None:
+    async with open_moving_swarm(8) as swarm:
+        mover = await swarm.start(4, decide=wants(RIGHT))
+        await until_told(swarm, "moving")
+        mover.loader.is_stuck = True
+        with trio.fail_after(GRACE_S + PROBE_TIMEOUT_S + 1):
+            await mover.stopped.wait()
+        assert "did not give memory back in 300 s" in str(mover.failure)
+
+
 async def test_a_server_that_nobody_finds_any_more_announces_itself_again(autojump_clock: MockClock) -> None:
     async with open_moving_swarm(8, [4, 4]) as swarm:
         lost = swarm.servers[0]

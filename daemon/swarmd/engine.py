@@ -12,8 +12,8 @@ from importlib.metadata import version
 import torch
 
 from p2pswarm.blocks.adapters import Adapter, fit_adapter
-from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.architecture import lay_out
+from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel, load_span
 from p2pswarm.checkpoint.adapter_files import open_adapter
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from p2pswarm.blocks.architecture import Layout
 from p2pswarm.blocks.loading import load_weights
-from p2pswarm.blocks.quantized_kernel import BLOCK_WEIGHTS, NoKernel, find_kernel
-from p2pswarm.blocks.quantized_linear import quantized_linear
+from p2pswarm.blocks.quantized_kernel import BLOCK_WEIGHTS, STATES_PRECISION, NoKernel, find_kernel
+from p2pswarm.blocks.quantized_linear import KernelLinear, quantized_linear
 from p2pswarm.blocks.stand_ins import PassThrough
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
@@ -100,6 +100,12 @@ def load_quantized(
         layout.blocks[index] = passing
     for index, block in blocks.items():
         layout.blocks[index] = block
+
+
+def rounding_of(model: nn.Module, dtype: torch.dtype) -> float:
+    """The relative error that one operation of the model may make: its dtype's, or that of its quantized layers."""
+    is_rounding = any(isinstance(module, KernelLinear) for module in model.modules())
+    return max(torch.finfo(dtype).eps, STATES_PRECISION if is_rounding else 0.0)
 
 
 def slowness(quantization: Quantization, device: torch.device) -> str | None:

@@ -31,6 +31,8 @@ LINK_FLAGS = ("-shared",)
 """Without OpenMP's library: its functions are found in the one that torch brings."""
 COMPILE_TIMEOUT_S = 60.0
 """It takes one second."""
+STATES_PRECISION = 2.0**-15
+"""Of the largest state of a block of 64, to which the kernel rounds."""
 BLOCK_WEIGHTS = 64
 """How many weights of a row share a scale in nf4; rows come in multiples of it."""
 
@@ -70,15 +72,16 @@ class Kernel:
         assert inputs % BLOCK_WEIGHTS == 0
         threads = torch.get_num_threads()
         if quantization is Quantization.INT8:
-            source = weight.to(torch.float16).to(torch.float32).contiguous()  # bitsandbytes starts from float16
+            # Made before what is freed again: malloc would put it into the middle of that, and so on for every layer.
             steps, scales = torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
+            source = weight.to(torch.float16).to(torch.float32).contiguous()  # bitsandbytes starts from float16
             pointers = source.data_ptr(), inputs, outputs, steps.data_ptr(), scales.data_ptr()
             self._quantize_int8(*pointers, threads)
             return steps, scales
         assert quantization is Quantization.NF4
-        source = weight.to(torch.float32).contiguous()
         packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
         scales = torch.empty(outputs, inputs // BLOCK_WEIGHTS)
+        source = weight.to(torch.float32).contiguous()
         self._quantize_nf4(source.data_ptr(), scales.numel(), packed.data_ptr(), scales.data_ptr(), threads)
         return packed, scales
 
@@ -90,10 +93,13 @@ class Kernel:
         bias: torch.Tensor | None,
         quantization: Quantization,
     ) -> torch.Tensor:
-        """`[rows, outputs], float32`: each row of `states: [rows, inputs], float32, contiguous` times the weight."""
-        rows, inputs = states.shape
+        """`[..., outputs], float32`: each row of `states: [..., inputs], float32, contiguous` times the weight."""
+        *leading, inputs = states.shape
         outputs = weight.shape[0]
-        results = torch.empty(rows, outputs)
+        if inputs * outputs != weight.numel() * (2 if quantization is Quantization.NF4 else 1):
+            raise ValueError(f"states of {inputs} numbers do not fit a layer of {list(weight.shape)} {weight.dtype}")
+        results = torch.empty(*leading, outputs)
+        rows = states.numel() // inputs
         is_short_of_memory = self._multiply[quantization](
             states.data_ptr(),
             rows,

@@ -1,7 +1,7 @@
 """Linear layers with quantized weights: on the CPU by our kernel where it runs, by bitsandbytes everywhere else.
 
 Both hold the same numbers. What differs is how states are multiplied by them: bitsandbytes unpacks nf4 weights and
-computes in the layer's dtype; the kernel rounds the states to int8 first, in blocks of 64.
+computes in the layer's dtype; the kernel rounds the states to 16 bits first, in blocks of 64.
 """
 
 import importlib
@@ -50,9 +50,9 @@ class KernelLinear(nn.Module):
         if states.requires_grad and torch.is_grad_enabled():
             bias = None if self.bias is None else self.bias.to(states.dtype)
             return F.linear(states, self.weight.to(states.dtype), bias)
-        rows = states.reshape(-1, self.in_features).to(torch.float32).contiguous()
+        rows = states.to(torch.float32).contiguous()
         results = self.kernel.multiply(rows, self.quantized, self.scales, self.bias, self.quantization)
-        return results.to(states.dtype).view(*states.shape[:-1], self.out_features)
+        return results.to(states.dtype)
 
 
 def quantized_linear(

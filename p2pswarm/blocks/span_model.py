@@ -25,7 +25,7 @@ from p2pswarm.blocks.kv_pool import KVPool, LayerShape, StateShape
 from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.packed_weights import pack_weights
-from p2pswarm.blocks.quantization import check_quantizable, load_quantized
+from p2pswarm.blocks.quantization import check_quantizable, load_quantized, rounding_of
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings, empty_outside
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
@@ -329,7 +329,7 @@ class SpanModel:
             together = self.run_batch(steps)
         except MODEL_CODE_FAILURES:
             return False
-        tolerance = torch.finfo(self.dtype).eps ** 0.5
+        tolerance = rounding_of(self._decoder, self.dtype) ** 0.5
         return all(
             torch.dist(got, expected) <= tolerance * torch.dist(expected, step.hidden_states.to(expected))
             for step, expected, got in zip(steps, apart, together, strict=True)

@@ -26,8 +26,8 @@ from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint, tiny_config
 BOTH = (Quantization.INT8, Quantization.NF4)
 SPAN = Span(1, 5)
 CPU = torch.device("cpu")
-ROUNDING_ERROR = {Quantization.INT8: 0.01, Quantization.NF4: 0.013}
-"""Of a result, by rounding states to int8 (and, of nf4, the sixteen values too)."""
+ROUNDING_ERROR = 1e-4
+"""Of a result, by rounding states to 16 bits (and nf4's sixteen values to 14)."""
 QUANTIZATION_ERROR = {Quantization.INT8: 0.04, Quantization.NF4: 0.4}
 """Of a tiny random span's hidden states; measured are up to 0.03 and 0.35."""
 
@@ -89,7 +89,7 @@ def test_a_quantized_layer_multiplies_by_its_weights(
     layer = KernelLinear(kernel, random_weight(70, 192), bias, kind)
     states = random_states(num_rows, 192)
     assert relative_error(layer.weight, random_weight(70, 192)) < (0.01 if kind is Quantization.INT8 else 0.1)
-    assert relative_error(layer(states), F.linear(states, layer.weight, bias)) < ROUNDING_ERROR[kind]
+    assert relative_error(layer(states), F.linear(states, layer.weight, bias)) < ROUNDING_ERROR
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -102,7 +102,8 @@ def test_bitsandbytes_and_the_kernel_are_the_same_layer(
         warnings.simplefilter("ignore")  # it says that it computes int8 in float16
         theirs = bitsandbytes_linear(weight, bias, kind, torch.float32)(states)
     assert ours.shape == theirs.shape == (2, 3, 70)
-    assert relative_error(ours, theirs) < 2 * ROUNDING_ERROR[kind]
+    # With int8, bitsandbytes rounds the states to 8 bits.
+    assert relative_error(ours, theirs) < (0.02 if kind is Quantization.INT8 else ROUNDING_ERROR)
 
 
 @settings(deadline=None, max_examples=30)
@@ -143,7 +144,7 @@ def test_a_large_state_does_not_drown_those_far_from_it(kernel: Kernel, kind: Qu
     spiked[0, 200] = 1000.0
     difference = layer(spiked) - layer(states)
     expected = (spiked - states) @ layer.weight.T
-    assert relative_error(difference, expected) < 0.02
+    assert relative_error(difference, expected) < 3e-4
 
 
 @pytest.mark.parametrize("kind", BOTH)
@@ -182,7 +183,8 @@ def test_a_quantized_span_computes_nearly_what_it_did(model_type: str, kind: Qua
     states = hidden_states_of(exact)
     result = quantized.run(states, None, position=0)
     assert 1e-4 < relative_error(result, exact.run(states, None, position=0)) < QUANTIZATION_ERROR[kind]
-    torch.testing.assert_close(decoded(quantized, states), result, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(decoded(quantized, states), result, atol=1e-3, rtol=1e-3)
+    assert quantized.can_batch == exact.can_batch
 
 
 @pytest.mark.parametrize("kind", BOTH)

@@ -71,9 +71,11 @@ def _ready(fields: Mapping[str, Any]) -> str:
     how = f"{weights}{fields['dtype']} on {fields['device']}, {fields['start_s']:.1f} s after start"
     known = "as measured before" if fields["is_line_known"] else "assumed: nobody to measure against yet"
     line = f"a line of {fields['line_bits_per_s'] / 1e6:.3g} Mbit/s ({known})"
+    adapters = [f"with the adapters {', '.join(fields['adapters'])}"] if fields["adapters"] else []
     return "\n  ".join(
         [
             what,
+            *adapters,
             f"as {fields['peer_id']} ({how})",
             f"announced with {fields['throughput_tokens_per_s']:.4g} tokens/s, over {line}",
             f"others join with: {fields['join_command']}",

@@ -109,6 +109,7 @@ async def serving(
         dtype="float32",
         cache_tokens_left=CACHE_TOKENS,
         max_length=MAX_LENGTH,
+        adapters=part.adapter_ids,
     )
     async with open_device_thread() as device, open_transparent_nursery() as nursery:
         served = Served(checkpoint.model_id, part, part.new_pool(CACHE_TOKENS // PAGE_TOKENS), MAX_LENGTH)

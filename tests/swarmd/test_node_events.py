@@ -23,6 +23,7 @@ READY = {
     "num_model_blocks": 8,
     "dtype": "float32",
     "quantization": "none",
+    "adapters": [],
     "device": "cpu",
     "throughput_tokens_per_s": 1163.636,
     "line_bits_per_s": 100000000,
@@ -53,6 +54,12 @@ def test_people_read_what_is_served_and_how_to_join() -> None:
         "  announced with 1164 tokens/s, over a line of 100 Mbit/s (assumed: nobody to measure against yet)\n"
         "  others join with: swarmd start tiny --peers /ip4/192.0.2.7/tcp/4001/p2p/12D3KooWabc\n"
     )
+
+
+def test_people_read_which_adapters_are_served() -> None:
+    stream = io.StringIO()
+    PlainEvents(stream)("ready", **READY | {"adapters": ["poet@01", "clerk@02"]})
+    assert stream.getvalue().splitlines()[1] == "  with the adapters poet@01, clerk@02"
 
 
 def test_a_node_without_a_model_says_how_to_join() -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from p2pswarm.checkpoint.adapter_place import AdapterPlace
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.span import Span
 from swarmd.config import READERS, NodeConfig, ServerConfig, read_config
@@ -31,6 +32,13 @@ def test_flags_come_as_text_and_are_read_by_setting() -> None:
     assert config.dtype == "auto"
 
 
+def test_adapters_have_a_place_and_a_name(tmp_path: Path) -> None:
+    path = write(tmp_path, 'adapters = ["somebody/poet", "/a/folder=clerk"]\n')
+    config = read_config(ServerConfig, {"model": "m"}, path)
+    assert config.adapters == (AdapterPlace("somebody/poet", "poet"), AdapterPlace("/a/folder", "clerk"))
+    assert read_config(ServerConfig, {"model": "m", "adapters": ["a/b"]}, path).adapters == (AdapterPlace("a/b", "b"),)
+
+
 @pytest.mark.parametrize("written", ["kv-cache = 16384", "kv-cache = '16384 tokens'"])
 def test_the_file_may_hold_a_size_as_a_number_or_as_text(tmp_path: Path, written: str) -> None:
     path = write(tmp_path, f"{written}\nthroughput = 250\n")
@@ -48,7 +56,8 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 def test_an_unknown_key_is_refused_with_its_likely_meaning(tmp_path: Path) -> None:
     path = write(tmp_path, 'model = "m"\nnum-block = 4\n')
     with pytest.raises(
-        ConfigError, match=r"unknown key 'num-block' \(did you mean 'num-blocks'\?\); known are announce, .*threads"
+        ConfigError,
+        match=r"unknown key 'num-block' \(did you mean 'num-blocks'\?\); known are adapters, announce, .*threads",
     ):
         read_config(ServerConfig, {}, path)
 

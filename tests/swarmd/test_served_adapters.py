@@ -111,12 +111,14 @@ async def check_answers(service: Any, info: ServerInfo, reference: Any) -> None:
     forwarded = await service.forward(CLIENT, forward)
     for reply in (stepped, forwarded):
         torch.testing.assert_close(decode_tensor(reply.hidden_states), expected, rtol=1e-4, atol=1e-4)
-    for refused in (
-        service.open_session(CLIENT, replace(request, adapter="bard")),
-        service.forward(CLIENT, replace(forward, adapter="bard")),
-    ):
-        with pytest.raises(BadRequest, match=f"this server has the adapters {adapter}, asked was bard"):
-            await refused
+    bard = "bard@0123456789abcdef"
+    refused = (
+        service.open_session(CLIENT, replace(request, adapter=bard)),
+        service.forward(CLIENT, replace(forward, adapter=bard)),
+    )
+    for call in refused:
+        with pytest.raises(BadRequest, match=f"this server has the adapters {adapter}, asked was bard@"):
+            await call
 
 
 def test_adapters_take_memory_from_blocks(config: ServerConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_an_unknown_key_is_refused_with_its_likely_meaning(tmp_path: Path) -> No
     path = write(tmp_path, 'model = "m"\nnum-block = 4\n')
     with pytest.raises(
         ConfigError,
-        match=r"unknown key 'num-block' \(did you mean 'num-blocks'\?\); known are adapters, announce, .*threads",
+        match=r"unknown key 'num-block' \(did you mean 'num-blocks'\?\); known are adapters, .*threads",
     ):
         read_config(ServerConfig, {}, path)
 

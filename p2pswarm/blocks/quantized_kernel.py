@@ -35,6 +35,9 @@ STATES_PRECISION = 2.0**-15
 """Of the largest state of a block of 64, to which the kernel rounds."""
 BLOCK_WEIGHTS = 64
 """How many weights of a row share a scale in nf4; rows come in multiples of it."""
+CONVERTED_WEIGHTS = 1 << 18
+"""At once, of a layer that is quantized. Large copies would leave malloc's heap full of holes: 300 MiB of them, in a
+process with 100 MiB of int8 weights."""
 
 POINTER, SIZE, THREADS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 
@@ -70,20 +73,29 @@ class Kernel:
         """
         outputs, inputs = weight.shape
         assert inputs % BLOCK_WEIGHTS == 0
+        if quantization is Quantization.INT8:
+            quantized, scales = torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
+        else:
+            assert quantization is Quantization.NF4
+            quantized = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
+            scales = torch.empty(outputs, inputs // BLOCK_WEIGHTS)
+        num_rows = max(1, CONVERTED_WEIGHTS // inputs)
+        parts = zip(*(torch.split(tensor, num_rows) for tensor in (weight, quantized, scales)), strict=True)
+        for weight_part, quantized_part, scales_part in parts:
+            self._quantize_rows(weight_part, quantized_part, scales_part, quantization)
+        return quantized, scales
+
+    def _quantize_rows(
+        self, weight: torch.Tensor, quantized: torch.Tensor, scales: torch.Tensor, quantization: Quantization
+    ) -> None:
         threads = torch.get_num_threads()
         if quantization is Quantization.INT8:
-            # Made before what is freed again: malloc would put it into the middle of that, and so on for every layer.
-            steps, scales = torch.empty(outputs, inputs, dtype=torch.int8), torch.empty(outputs)
             source = weight.to(torch.float16).to(torch.float32).contiguous()  # bitsandbytes starts from float16
-            pointers = source.data_ptr(), inputs, outputs, steps.data_ptr(), scales.data_ptr()
-            self._quantize_int8(*pointers, threads)
-            return steps, scales
-        assert quantization is Quantization.NF4
-        packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8)
-        scales = torch.empty(outputs, inputs // BLOCK_WEIGHTS)
-        source = weight.to(torch.float32).contiguous()
-        self._quantize_nf4(source.data_ptr(), scales.numel(), packed.data_ptr(), scales.data_ptr(), threads)
-        return packed, scales
+            outputs, inputs = weight.shape
+            self._quantize_int8(source.data_ptr(), inputs, outputs, quantized.data_ptr(), scales.data_ptr(), threads)
+        else:
+            source = weight.to(torch.float32).contiguous()
+            self._quantize_nf4(source.data_ptr(), scales.numel(), quantized.data_ptr(), scales.data_ptr(), threads)
 
     def multiply(
         self,

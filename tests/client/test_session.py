@@ -263,14 +263,13 @@ async def test_step_cancelled_half_way_can_be_made_again(open_world, local) -> N
 
 
 async def test_step_of_a_cancelled_session_is_cancelled_though_its_links_closed_before_it(open_world) -> None:
-    async with open_world() as world:
-        async with trio.open_nursery() as nursery, world.model.session(max_length=20) as session:
-            await session.step(StepInput(states(3), 0))
-            nursery.cancel_scope.cancel()
-            with trio.CancelScope(shield=True):
-                await trio.testing.wait_all_tasks_blocked()
-            with pytest.raises(trio.Cancelled):
-                await session.step(StepInput(states(1), 3))
+    async with open_world() as world, trio.open_nursery() as nursery, world.model.session(max_length=20) as session:
+        await session.step(StepInput(states(3), 0))
+        nursery.cancel_scope.cancel()
+        with trio.CancelScope(shield=True):
+            await trio.testing.wait_all_tasks_blocked()
+        with pytest.raises(trio.Cancelled):
+            await session.step(StepInput(states(1), 3))
 
 
 async def test_two_steps_at_once_are_refused(open_world) -> None:

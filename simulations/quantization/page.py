@@ -2,26 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 from p2pswarm.core.quantization import Quantization
+from simulations.quantization.perplexity import Quality
 from simulations.quantization.span_figures import BATCH_ROWS, SpanFigures
 
 PAGE = Path("docs/quantization.md")
 BEGIN = "<!-- Made by python -m simulations.quantization.run -->"
 END = "<!-- End of what it makes -->"
 MIB = 1 << 20
-
-
-class Quality(Protocol):
-    @property
-    def quantization(self) -> Quantization: ...
-
-    @property
-    def by_bitsandbytes(self) -> bool: ...
-
-    @property
-    def perplexity(self) -> float: ...
 
 
 def with_tables(page: str, speeds: Mapping[Quantization, SpanFigures], qualities: Sequence[Quality]) -> str:

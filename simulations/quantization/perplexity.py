@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
@@ -18,6 +19,13 @@ from p2pswarm.testing.exactness import SpanChain
 
 WINDOW_TOKENS = 1024
 """Each window is read by itself; its first token is not foretold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    quantization: Quantization
+    by_bitsandbytes: bool
+    perplexity: float
 
 
 def load_blocks(checkpoint: Checkpoint, quantization: Quantization, *, by_bitsandbytes: bool) -> SpanModel:

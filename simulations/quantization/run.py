@@ -19,7 +19,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.core.quantization import Quantization
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint
 from simulations.quantization.page import PAGE, quality_table, speed_table, with_tables
-from simulations.quantization.perplexity import load_blocks, perplexity
+from simulations.quantization.perplexity import Quality, load_blocks, perplexity
 from simulations.quantization.span_figures import SpanFigures, measure_span
 from swarm_cli.sample_model import sample_model
 
@@ -45,13 +45,6 @@ QUICK_TOKENS = 512
 MIN_SPEEDUP = {Quantization.NONE: 1.0, Quantization.INT8: 2.0, Quantization.NF4: 3.0}
 SLACK_BYTES = 64 << 20
 """What a process may take beside weights, for caches, code and what malloc keeps."""
-
-
-@dataclass(frozen=True, slots=True)
-class Quality:
-    quantization: Quantization
-    by_bitsandbytes: bool
-    perplexity: float
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.core.quantization import Quantization
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint
 from simulations.quantization.page import BEGIN, END, PAGE, with_tables
-from simulations.quantization.perplexity import load_blocks, perplexity
-from simulations.quantization.run import Quality, shortcomings
+from simulations.quantization.perplexity import Quality, load_blocks, perplexity
+from simulations.quantization.run import shortcomings
 from simulations.quantization.span_figures import SpanFigures, measure_span
 
 REPOSITORY = Path(__file__).parents[2]

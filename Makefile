@@ -49,6 +49,7 @@ sim: setup
 	$(BIN)/python -m simulations.routing.run
 	$(BIN)/python -m simulations.churn.run --quick
 	$(BIN)/python -m simulations.load_balancing.run --quick
+	$(BIN)/python -m simulations.quantization.run --quick
 	$(BIN)/python -m simulations.failover.run --generations 3
 
 wheel: setup

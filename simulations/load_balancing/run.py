@@ -1,6 +1,6 @@
 """How close to the best arrangement of blocks do servers come that each decide for themselves, and at what cost?
 
-    python -m simulations.load_balancing.run           # 8 to 1,000 servers; writes docs/load-balancing.md, .svg; ~15 min
+    python -m simulations.load_balancing.run           # 8 to 1,000 servers; writes the page and its picture; 15 minutes
     python -m simulations.load_balancing.run --quick   # up to 30 servers; prints, writes nothing; half a minute
 
 Servers come, choose, move and go by the rules of `p2pswarm/placement`, on a simulated clock; the best arrangement is

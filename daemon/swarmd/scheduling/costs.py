@@ -12,8 +12,8 @@ GAIN = 0.25
 """Of a new measurement: what was learnt ten passes ago counts for a twentieth."""
 FIRST_PART_TOKENS = 64
 """Of a kind that was never measured: on the slowest machines half a second."""
-MIN_PART_TOKENS = 8
-"""Fewer cost as much as these: the weights are read in any case."""
+MIN_PART_TOKENS = 16
+"""Fewer cost almost as much: the weights are read in any case, and small matrices are multiplied slowly."""
 MAX_PART_TOKENS = 2048
 """What is computed besides keys and values grows with a part; this bounds it on the fastest machines."""
 MIN_TOKEN_SHARE = 0.1

@@ -23,11 +23,11 @@ from swarmd.handler import Served, SpanService
 from swarmd.scheduling.work import Kind
 from swarmd.span_session import SpanSession
 
-NUM_PAGES = 40
+NUM_PAGES = 24
 HIDDEN_SIZE = 64
 MAX_LENGTH = 160
-ARRIVAL_S = 0.03
-"""Between two sessions, on average: about as many as the server can serve."""
+ARRIVAL_S = 0.02
+"""Between two sessions, on average: more than the server can serve at once."""
 STEP_S = 0.004
 
 
@@ -87,7 +87,7 @@ def watch_pages(world: World) -> None:
 async def generate(world: World, number: int) -> None:
     """One client: a prompt and some tokens; replays when it is sent away; sometimes vanishes."""
     dice = world.random
-    num_rows, prompt, length = dice.choice([1, 1, 1, 2]), dice.randint(1, 60), dice.randint(1, 30)
+    num_rows, prompt, length = dice.choice([1, 1, 1, 2]), dice.randint(1, 60), dice.randint(1, 90)
     generator = torch.Generator().manual_seed(number)
     sent = torch.randn(num_rows, prompt + length, HIDDEN_SIZE, generator=generator)
     gives_up_at = dice.randint(0, prompt + length) if dice.random() < 0.2 else None
@@ -150,9 +150,9 @@ async def test_every_session_finishes_exact_within_the_budget(
         memory = world.service.memory
     assert world.num_finished + world.num_abandoned == num_sessions
     assert world.num_abandoned > num_sessions / 20
-    assert world.most_pages >= 0.9 * NUM_PAGES
+    assert world.most_pages >= 0.8 * NUM_PAGES
     assert world.num_lost > 0
     assert world.num_busy > 0
     assert memory.tokens_left == memory.total_tokens
     assert (memory.num_tenants, memory.num_queued, statistics.num_waiting) == (0, 0, 0)
-    assert statistics.num_parts[Kind.DECODE] < 0.5 * statistics.num_tokens[Kind.DECODE]
+    assert statistics.num_parts[Kind.DECODE] < 0.8 * statistics.num_tokens[Kind.DECODE]

@@ -1,36 +1,22 @@
 """The C code of `quantized_kernel.c`, compiled when it is first needed and called with tensors.
 
 bitsandbytes multiplies fast by quantized weights on GPUs and on processors with AVX-512. On one that has AVX2 only it
-unpacks all weights for every token: 36 ms for 2048 x 5632 nf4 weights, where float32 takes 2 and this code 0.5. It is
-compiled by the machine's own compiler, once, and kept in the user's cache folder. It uses the threads of torch's
-OpenMP, which torch has loaded by then.
+unpacks all weights for every token: 36 ms for 2048 x 5632 nf4 weights, where float32 takes 2 and this code 0.5.
 
-Where it cannot run, `find_kernel` says why, and bitsandbytes does the work.
+Where it cannot be compiled or run (`c_library.py`), `find_kernel` says why, and bitsandbytes does the work.
 """
 
-import contextlib
 import ctypes
 import functools
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
 import torch
 
+from p2pswarm.blocks.c_library import NoLibrary, load_library
 from p2pswarm.core.quantization import Quantization
 
 SOURCE = Path(__file__).with_suffix(".c")
-COMPILERS = ("cc", "gcc", "clang")
-COMPILE_FLAGS = ("-O3", "-mavx2", "-mfma", "-fopenmp", "-fPIC")
-LINK_FLAGS = ("-shared",)
-"""Without OpenMP's library: its functions are found in the one that torch brings."""
-COMPILE_TIMEOUT_S = 60.0
-"""It takes one second."""
 STATES_PRECISION = 2.0**-15
 """Of the largest state of a block of 64, to which the kernel rounds."""
 BLOCK_WEIGHTS = 64
@@ -52,9 +38,7 @@ class NoKernel:
 class Kernel:
     """Quantizes the weights of linear layers, and multiplies by them. All tensors are on the CPU."""
 
-    def __init__(self, path: Path) -> None:
-        """Raises `OSError` where the library cannot be loaded."""
-        library = ctypes.CDLL(str(path))
+    def __init__(self, library: ctypes.CDLL) -> None:
         self.nf4_values = torch.tensor(list((ctypes.c_float * 16).in_dll(library, "NF4")))
         """What the sixteen codes of nf4 stand for, times the scale."""
         self._quantize_nf4 = library.nf4_quantize
@@ -131,42 +115,7 @@ class Kernel:
 @functools.cache
 def find_kernel() -> Kernel | NoKernel:
     """The kernel, compiled if need be. Blocks for a second the first time on a machine."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    if capability not in ("AVX2", "AVX512"):
-        return NoKernel(f"this processor has no AVX2 (torch finds {capability})")
-    compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
-    flags = " ".join((*COMPILE_FLAGS, *LINK_FLAGS))
-    name = hashlib.sha256(flags.encode() + SOURCE.read_bytes()).hexdigest()
-    path = Path(platformdirs.user_cache_dir("p2pswarm")) / "kernels" / f"{name}.so"
     try:
-        if path.exists():
-            return Kernel(path)
-        if compiler is None:
-            return NoKernel(f"there is no C compiler (looked for {', '.join(COMPILERS)})")
-        with tempfile.TemporaryDirectory() as folder:
-            built = _compile(compiler, Path(folder))
-            _keep(built, path)
-            return Kernel(built)
-    except subprocess.CalledProcessError as error:
-        return NoKernel(f"{compiler} cannot compile {SOURCE.name}: {error.stderr.decode(errors='replace').strip()}")
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return NoKernel(f"{SOURCE.name} cannot be compiled or loaded: {error}")
-
-
-def _compile(compiler: str, folder: Path) -> Path:
-    compiled, linked = folder / "kernel.o", folder / "kernel.so"
-    for command in (
-        (compiler, *COMPILE_FLAGS, "-c", SOURCE, "-o", compiled),
-        (compiler, *LINK_FLAGS, compiled, "-o", linked),
-    ):
-        subprocess.run(command, check=True, capture_output=True, timeout=COMPILE_TIMEOUT_S)
-    return linked
-
-
-def _keep(built: Path, path: Path) -> None:
-    """Keeps it for the next start, if there is a place for it: whole or not at all, also when two servers do so."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(built, temporary)
-        temporary.replace(path)
+        return Kernel(load_library(SOURCE))
+    except NoLibrary as error:
+        return NoKernel(str(error))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from p2pswarm.blocks import quantized_kernel
+from p2pswarm.blocks import c_library
 from p2pswarm.blocks.quantized_kernel import Kernel, NoKernel, find_kernel
 
 
@@ -14,7 +14,7 @@ from p2pswarm.blocks.quantized_kernel import Kernel, NoKernel, find_kernel
 def _found_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if isinstance(found := find_kernel(), NoKernel):
         pytest.skip(found.reason)
-    monkeypatch.setattr(quantized_kernel.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
+    monkeypatch.setattr(c_library.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     find_kernel.cache_clear()
     yield
     find_kernel.cache_clear()
@@ -31,7 +31,7 @@ def test_it_is_compiled_once_and_found_again(tmp_path: Path, monkeypatch: pytest
     (kept,) = (tmp_path / "p2pswarm" / "kernels").iterdir()
     assert kept.suffix == ".so"
     find_kernel.cache_clear()
-    monkeypatch.setattr(quantized_kernel.shutil, "which", lambda name: None)
+    monkeypatch.setattr(c_library.shutil, "which", lambda name: None)
     assert isinstance(find_kernel(), Kernel)
 
 
@@ -41,7 +41,7 @@ def test_a_cache_that_cannot_be_written_to_costs_a_second_each_time(tmp_path: Pa
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(quantized_kernel.shutil, "which", lambda name: None)
+    monkeypatch.setattr(c_library.shutil, "which", lambda name: None)
     assert refusal() == "there is no C compiler (looked for cc, gcc, clang)"
 
 
@@ -49,7 +49,7 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     compiler = tmp_path / "cc"
     compiler.write_text("#!/bin/sh\necho 'unknown flag' >&2\nexit 1\n")
     compiler.chmod(0o755)
-    monkeypatch.setattr(quantized_kernel.shutil, "which", lambda name: str(compiler))
+    monkeypatch.setattr(c_library.shutil, "which", lambda name: str(compiler))
     assert refusal() == f"{compiler} cannot compile quantized_kernel.c: unknown flag"
 
 

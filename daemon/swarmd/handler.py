@@ -42,11 +42,17 @@ class SpanService:
     """Implements `rpc.service.RpcService`. Made in a trio loop."""
 
     def __init__(
-        self, served: Served, device: Device, describe: Callable[[], InfoReply], costs: CostModel | None = None
+        self,
+        served: Served,
+        device: Device,
+        describe: Callable[[], InfoReply],
+        costs: CostModel | None = None,
+        is_shared: Callable[[float], bool] = lambda now_s: False,
     ) -> None:
-        """`costs`: what is known of the device's speed; without, it is learnt from the first requests."""
+        """`costs`: what is known of the device's speed; without, it is learnt from the first requests. `is_shared`:
+        whether other processes use the time for which the device waits."""
         self.memory = KVMemory(served.pool.pages)
-        self.dispatcher = Dispatcher(device, Scheduler(costs or CostModel()))
+        self.dispatcher = Dispatcher(device, Scheduler(costs or CostModel(), is_shared))
         self._served = served
         self._shared = Shared(served.model, served.pool, device, self.dispatcher, self.memory)
         self._describe = describe

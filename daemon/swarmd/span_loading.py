@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable
 from functools import partial
 
+import psutil
 import torch
 import trio
 
@@ -29,6 +30,7 @@ from swarmd.handler import Served, SpanService
 from swarmd.line_speed import Line
 from swarmd.probe import probe
 from swarmd.scheduling.costs import CostModel
+from swarmd.scheduling.cpu_sharing import CpuSharing
 from swarmd.self_description import online_info
 from swarmd.served_span import ServedSpan
 from swarmd.throughput import MEASURED_ROWS
@@ -67,7 +69,7 @@ class ModelLoader:
         self._model = weakref.ref(loaded.model)
         pool = loaded.model.new_pool(pages_for(loaded.cache_tokens))
         served = Served(info.model_id, loaded.model, pool, loaded.max_length)
-        service = SpanService(served, self._device, self._describe, _known_costs(loaded))
+        service = SpanService(served, self._device, self._describe, _known_costs(loaded), _sharing(opened.device))
         gc.freeze()  # what a load leaves behind stays for long: looking through it costs 0.3 s each time
         gc.enable()
         return ServedSpan(
@@ -94,6 +96,13 @@ def _known_costs(loaded: LoadedSpan) -> CostModel:
     speed = loaded.speed.compute
     row_s = max(0.0, speed.batched_decode_s - speed.decode_s) / (MEASURED_ROWS - 1)
     return CostModel(speed.decode_s, row_s, speed.prefill_token_s)
+
+
+def _sharing(device: torch.device) -> Callable[[float], bool]:
+    """Whether the time for which the device waits is used by others: only where it is made of processors."""
+    if device.type != "cpu":
+        return lambda now_s: False
+    return CpuSharing(psutil.cpu_count() or 1).is_shared
 
 
 def _give_memory_back() -> None:

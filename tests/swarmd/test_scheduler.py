@@ -19,6 +19,7 @@ from swarmd.scheduling.scheduler import (
     FORWARD_SHARE_WHILE_DECODING,
     LONG_PART_S,
     MAX_FORWARDS_PER_PEER,
+    SHARED_GATHER_GAP_STEPS,
     STALL_STEPS,
     Scheduler,
 )
@@ -135,6 +136,24 @@ def test_a_step_is_held_for_a_moment_while_others_decode() -> None:
     part = machine.scheduler.next(machine.now_s)
     assert part is not None
     assert len(part.works) == 3
+
+
+def test_a_step_is_held_longer_where_others_use_the_time() -> None:
+    scheduler = Scheduler(CostModel(STEP_S, ROW_S, TOKEN_S), is_shared=lambda now_s: True)
+    machine = Machine(scheduler)
+    for session in range(3):
+        machine.add(Kind.DECODE, session=session)
+    machine.run_one()
+    machine.add(Kind.DECODE, session=0)
+    assert scheduler.next(machine.now_s) is None
+    assert scheduler.wake_at_s - machine.now_s == pytest.approx(SHARED_GATHER_GAP_STEPS * STEP_S)
+    machine.now_s += 0.7 * STEP_S
+    machine.add(Kind.DECODE, session=1)
+    assert scheduler.next(machine.now_s) is None
+    machine.now_s += 0.9 * STEP_S
+    part = scheduler.next(machine.now_s)
+    assert part is not None
+    assert len(part.works) == 2
 
 
 def test_who_does_not_come_is_not_waited_for() -> None:

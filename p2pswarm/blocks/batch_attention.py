@@ -1,9 +1,10 @@
 """Attention for one token each of many sessions, whose keys and values lie in different places of one pool.
 
 The linear layers of a model see one batch; between them each row attends to its own tokens alone, by the very function
-that the model uses for a single session. For that a `RowsCache` hands the model, in place of tensors, lists with one
-tensor a row, and `attend_by_rows`, registered with transformers under a name of its own, takes them up. A model that
-does anything else with its keys in between fails on the lists, which shows as soon as it is tried.
+that the model uses for a single session. Where that is plain attention, one kernel does it for all rows
+(`attention_kernel.py`). A `RowsCache` hands the model, in place of tensors, `RowStates`, and `attend_by_rows`,
+registered with transformers under a name of its own, takes them up. A model that does anything else with its keys in
+between fails on them, which shows as soon as it is tried.
 
 Since a row's tensors hold what its token may see and nothing else, no mask is needed: transformers makes none for
 attention that has no mask function.
@@ -13,6 +14,7 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from p2pswarm.blocks.attention_kernel import find_attention_kernel
 from p2pswarm.blocks.kv_cache import SpanCache
 from p2pswarm.blocks.kv_pool import KVPool, LayerStore
 from p2pswarm.core.span import Span
@@ -32,6 +35,33 @@ UNUSUAL_ARGUMENTS = ("softcap", "position_bias", "cache")
 """What transformers' function for `sdpa` heeds beside `scaling`; the rest is for others, or for several tokens."""
 PREFIX = "rows_by_"
 """Before the name of the implementation that attends for each row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Visible:
+    """What the new token of each row may see."""
+
+    places: Sequence[tuple[int, int] | torch.Tensor]
+    """First slot and number of slots, or the slots of a row in pieces."""
+    runs: torch.Tensor | None
+    """First slots and numbers of slots, `[2, rows], int64`, on the CPU; None where a row is in pieces."""
+
+
+class RowStates:
+    """Keys, or values, of all rows in one layer, where they lie."""
+
+    def __init__(self, stored: torch.Tensor, visible: Visible) -> None:
+        """`stored: [heads, slots, head size]`."""
+        self.stored = stored
+        self.visible = visible
+
+    def by_row(self) -> list[torch.Tensor]:
+        """For each row `[1, heads, tokens, head size]`."""
+        batched = self.stored[None]
+        return [
+            self.stored.index_select(1, place)[None] if isinstance(place, torch.Tensor) else batched.narrow(2, *place)
+            for place in self.visible.places
+        ]
 
 
 class Rows:
@@ -49,12 +79,15 @@ class Rows:
         self._device = pool.device
         self.new_slots = torch.tensor(slots, device=pool.device)
         """[rows]: where the new tokens go."""
-        self._visible: dict[int | None, list[tuple[int, int] | torch.Tensor]] = {}
+        self._visible: dict[int | None, Visible] = {}
 
-    def visible(self, window: int | None) -> list[tuple[int, int] | torch.Tensor]:
-        """For each row what the new token may see: first slot and number of slots, or the slots of a row in pieces."""
+    def visible(self, window: int | None) -> Visible:
+        """What the new tokens may see, with this window."""
         if window not in self._visible:
-            self._visible[window] = [self._visible_in_row(*placed, window) for placed in self._placed]
+            places = [self._visible_in_row(*placed, window) for placed in self._placed]
+            whole = [place for place in places if isinstance(place, tuple)]
+            runs = None if len(whole) < len(places) else torch.tensor(whole).t().contiguous()
+            self._visible[window] = Visible(places, runs)
         return self._visible[window]
 
     def _visible_in_row(
@@ -85,16 +118,12 @@ class RowsLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *arguments: Any, **named_arguments: Any
     ) -> tuple[Any, Any]:
-        """Writes one token a row; returns lists with a tensor `[1, heads, tokens, head size]` a row."""
+        """Writes one token a row; returns `RowStates`."""
         return self._written(self._store.keys, key_states), self._written(self._store.values, value_states)
 
-    def _written(self, stored: torch.Tensor, states: torch.Tensor) -> list[torch.Tensor]:
+    def _written(self, stored: torch.Tensor, states: torch.Tensor) -> RowStates:
         stored.index_copy_(1, self._rows.new_slots, states.squeeze(2).transpose(0, 1))
-        batched = stored[None]
-        return [
-            stored.index_select(1, visible)[None] if isinstance(visible, torch.Tensor) else batched.narrow(2, *visible)
-            for visible in self._rows.visible(self.window)
-        ]
+        return RowStates(stored, self._rows.visible(self.window))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._rows.longest + query_length, 0
@@ -137,34 +166,40 @@ def attend_by_rows(
     implementation: str,
     module: nn.Module,
     query: torch.Tensor,
-    keys: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
+    keys: RowStates,
+    values: RowStates,
     attention_mask: torch.Tensor | None,
     **named: Any,
 ) -> tuple[torch.Tensor, None]:
-    """`query: [rows, heads, 1, head size]`, one tensor of keys and one of values a row; gives `[rows, 1, heads, _]`."""
-    if not isinstance(keys, list) or attention_mask is not None:
+    """`query: [rows, heads, 1, head size]`; gives `[rows, 1, heads, _]`."""
+    if not isinstance(keys, RowStates) or attention_mask is not None:
         raise TypeError("the model does not hand its keys, or no mask, to attention as it got them")
     if implementation == "sdpa" and not any(named.get(name) is not None for name in UNUSUAL_ARGUMENTS):
-        return _attend_by_sdpa(query, keys, values, named.get("scaling")), None
+        return _attend_plainly(query, keys, values, named.get("scaling")), None
     attend = _attend(implementation, type(module))  # type: ignore[arg-type]
     outputs = [
         attend(module, row, row_keys, row_values, None, **named)[0]
-        for row, row_keys, row_values in zip(torch.split(query, 1), keys, values, strict=True)
+        for row, row_keys, row_values in zip(torch.split(query, 1), keys.by_row(), values.by_row(), strict=True)
     ]
     return torch.cat(outputs), None
 
 
-def _attend_by_sdpa(
-    query: torch.Tensor, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], scaling: float | None
-) -> torch.Tensor:
-    """What transformers makes of a single token, without its 15 us a row: query heads that share keys become tokens."""
+def _attend_plainly(query: torch.Tensor, keys: RowStates, values: RowStates, scaling: float | None) -> torch.Tensor:
+    """What transformers makes of a single token with torch's attention."""
+    kernel, runs = find_attention_kernel(), keys.visible.runs
+    if runs is None or kernel is None or not kernel.is_for(query, keys.stored, values.stored):
+        return _attend_by_sdpa(query, keys, values, scaling)
+    return kernel.attend(query, keys.stored, values.stored, runs, scaling or query.shape[3] ** -0.5)
+
+
+def _attend_by_sdpa(query: torch.Tensor, keys: RowStates, values: RowStates, scaling: float | None) -> torch.Tensor:
+    """Without the 15 us a row of transformers' own: query heads that share keys become tokens."""
     num_rows, num_heads, _, head_size = query.shape
-    num_key_heads = keys[0].shape[1]
+    num_key_heads = keys.stored.shape[0]
     queries = query.reshape(num_rows, num_key_heads, num_heads // num_key_heads, head_size)
     outputs = [
         F.scaled_dot_product_attention(row, row_keys, row_values, scale=scaling)
-        for row, row_keys, row_values in zip(torch.split(queries, 1), keys, values, strict=True)
+        for row, row_keys, row_values in zip(torch.split(queries, 1), keys.by_row(), values.by_row(), strict=True)
     ]
     return torch.cat(outputs).view(num_rows, 1, num_heads, -1)
 

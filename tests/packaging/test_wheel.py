@@ -17,7 +17,8 @@ def test_the_wheel_holds_exactly_the_three_packages(tmp_path: Path) -> None:
         names = archive.namelist()
     top_level = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert top_level == {"p2pswarm", "swarmd", "swarm_cli"}
-    assert {"p2pswarm/py.typed", "p2pswarm/blocks/column_kernel.c", "p2pswarm/blocks/quantized_kernel.c"} <= set(names)
+    kernels = {f"p2pswarm/blocks/{name}_kernel.c" for name in ("attention", "column", "quantized")}
+    assert {"p2pswarm/py.typed", *kernels} <= set(names)
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     with zipfile.ZipFile(wheel) as archive:
         text = archive.read(entry_points).decode()

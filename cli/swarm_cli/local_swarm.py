@@ -21,11 +21,11 @@ import trio
 from p2pswarm.core.errors import ServerFailed
 from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
+from swarm_cli.lines import Lines
 
 STOP_TIMEOUT_S = 15.0
 """For a server to end in order after SIGTERM; then it is killed."""
 LINES_KEPT = 15
-LINE_BYTES = 1 << 16
 
 OnEvent = Callable[["ServerProcess", dict[str, Any]], None]
 
@@ -65,7 +65,7 @@ class ServerProcess:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_lines, process.stderr)
-                async for line in _lines(process.stdout):
+                async for line in Lines(process.stdout):
                     event = json.loads(line)
                     self._note(event)
                     on_event(self, event)
@@ -98,19 +98,8 @@ class ServerProcess:
             self._has_addresses.set()
 
     async def _keep_lines(self, stream: trio.abc.ReceiveStream) -> None:
-        async for line in _lines(stream):
+        async for line in Lines(stream):
             self._last_lines.append(line)
-
-
-async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[str]:
-    unfinished = b""
-    async for data in stream:
-        *whole, unfinished = (unfinished + data).split(b"\n")
-        for line in whole:
-            yield line.decode(errors="replace")
-        unfinished = unfinished[-LINE_BYTES:]
-    if unfinished:
-        yield unfinished.decode(errors="replace")
 
 
 async def _stop(process: trio.Process) -> None:

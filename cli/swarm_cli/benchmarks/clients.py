@@ -19,6 +19,7 @@ from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.core.errors import ServerFailed
 from swarm_cli.benchmarks.generating import TokenTimes, exactly
 from swarm_cli.benchmarks.setting import Setting
+from swarm_cli.lines import Lines
 
 UntilAllAreReady = Callable[[], Awaitable[None]]
 
@@ -71,7 +72,7 @@ class ClientProcess:
         assert process.stdout is not None
         self._stdin = process.stdin
         self._process = process
-        self._lines = _lines(process.stdout)
+        self._lines = Lines(process.stdout)
 
     async def decode(self, task: Task, until_all_are_ready: UntilAllAreReady) -> Decoded:
         await self.tell(asdict(task))
@@ -117,11 +118,3 @@ async def open_client_processes(setting: Setting, num_clients: int) -> AsyncIter
             for process in processes:
                 process.kill()
                 await process.wait()
-
-
-async def _lines(stream: trio.abc.ReceiveStream) -> AsyncIterator[bytes]:
-    unfinished = b""
-    async for data in stream:
-        *whole, unfinished = (unfinished + data).split(b"\n")
-        for line in whole:
-            yield line

@@ -112,6 +112,7 @@ class SpanSession:
 
     async def close(self) -> None:
         """Gives its room back, as soon as the device has no part of it in hand."""
+        self._shared.dispatcher.forget_session(self.number)
         self._shared.dispatcher.when_idle(self._leave)
 
     def take_room(self, position: int, num_tokens: int, beam_indices: Sequence[int] | None) -> None:

@@ -156,6 +156,18 @@ def test_a_step_is_held_longer_where_others_use_the_time() -> None:
     assert len(part.works) == 2
 
 
+def test_a_prompt_goes_whole_where_only_its_own_session_or_one_that_is_over_has_decoded() -> None:
+    machine = Machine()
+    for session in (1, 2):
+        machine.add(Kind.DECODE, session=session)
+    machine.run_one()
+    machine.scheduler.forget_session(2)
+    machine.add(Kind.PREFILL, tokens=400, session=1)
+    part = machine.run_one()
+    assert part is not None
+    assert part.num_tokens == 400
+
+
 def test_who_does_not_come_is_not_waited_for() -> None:
     machine = Machine()
     for session in range(2):

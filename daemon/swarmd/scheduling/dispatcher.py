@@ -122,6 +122,10 @@ class Dispatcher:
         if waiting is not None:
             self._end(waiting, outcome.Error(error))
 
+    def forget_session(self, session: int) -> None:
+        """It is over, and nobody is to wait on its account."""
+        self._scheduler.forget_session(session)
+
     def when_idle(self, function: Callable[[], None]) -> None:
         """Calls the function once the device runs nothing: at once, or before the next part is handed over."""
         if self._is_busy:

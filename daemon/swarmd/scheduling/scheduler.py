@@ -102,6 +102,10 @@ class Scheduler:
         if work in self._waiting[work.kind]:
             self._waiting[work.kind].remove(work)
 
+    def forget_session(self, session: int) -> None:
+        """It is over: nobody waits for its next token."""
+        self._decoding.pop(session, None)
+
     def next(self, now_s: float) -> Part | None:
         """What to run now; None where nothing waits, or what waits is to wait until `wake_at_s`."""
         self.wake_at_s = math.inf
@@ -190,8 +194,9 @@ class Scheduler:
         """As much of a prompt or forward pass as may run now."""
         work = min(self._waiting[kind], key=lambda work: self._urgency_s(work, now_s))
         time_s = LONG_PART_S
-        if self._decoding:
-            time_s = STALL_STEPS[kind] * self.costs.decode_s(sum(num_rows for _, num_rows in self._decoding.values()))
+        others = [num_rows for session, (_, num_rows) in self._decoding.items() if session != work.session]
+        if others:
+            time_s = STALL_STEPS[kind] * self.costs.decode_s(sum(others))
         max_tokens = self.costs.tokens_within(kind, time_s)
         tokens_left = work.num_tokens - work.tokens_done
         if kind is Kind.PREFILL:

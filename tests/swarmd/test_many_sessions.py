@@ -134,7 +134,12 @@ async def step(session: SpanSession, sent: torch.Tensor, start: int, end: int) -
 
 
 @pytest.mark.parametrize(
-    ("num_sessions", "seed"), [(100, 1), *(pytest.param(500, seed, marks=pytest.mark.slow) for seed in (2, 3))]
+    ("num_sessions", "seed"),
+    [
+        (100, 1),
+        pytest.param(500, 2, marks=pytest.mark.slow),
+        pytest.param(500, 3, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
+    ],
 )
 async def test_every_session_finishes_exact_within_the_budget(
     num_sessions: int, seed: int, autojump_clock: MockClock, tiny_checkpoint: Checkpoint, tiny_span: SpanModel

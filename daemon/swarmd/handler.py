@@ -71,10 +71,10 @@ class SpanService:
         tenant = self.memory.come(request.batch_size, request.max_length, request.first_tokens)
         try:
             await self._get_in(tenant, request)
+            return SpanSession(self._shared, peer_id, request, tenant, max_position=served.max_length)
         except BaseException:
             self.memory.leave(tenant)
             raise
-        return SpanSession(self._shared, peer_id, request, tenant, max_position=served.max_length)
 
     async def forward(self, peer_id: PeerId, request: Forward) -> ForwardReply:
         """The whole batch through the asked blocks, without a cache. Raises `BadRequest`, `ServerBusy`."""

@@ -321,6 +321,7 @@ def test_a_client_interrupted_in_its_download_leaves_at_once_and_keeps_what_it_h
 ) -> None:
     open_checkpoint(MODEL).tensor_names  # noqa: B018 - the header is here now
     environment = server_environment(hub, tmp_path)
+    impatient = environment | {"HF_HUB_DOWNLOAD_TIMEOUT": "1"}
     serve_folder = swarmd_command(hub, "--kv-cache", "1024 tokens")
     serve_folder[serve_folder.index(MODEL)] = str(hub.folder)
     with subprocess.Popen(serve_folder, env=environment, stdout=subprocess.PIPE, text=True) as server:
@@ -328,11 +329,11 @@ def test_a_client_interrupted_in_its_download_leaves_at_once_and_keeps_what_it_h
         ready = next(event for event in map(json.loads, server.stdout) if event["event"] == "ready")
         hub.pace = threading.Event()
         generate = ["generate", MODEL, "once", "--peers", ready["addresses"][-1]]
-        with subprocess.Popen([sys.executable, "-m", "swarm_cli", *generate], env=environment) as client:
+        with subprocess.Popen([sys.executable, "-m", "swarm_cli", *generate], env=impatient) as client:
             cache = tmp_path / "cache"
             wait_until(lambda: any(path.stat().st_size for path in cache.rglob("*.partial")), client)
             client.send_signal(signal.SIGINT)
-            time.sleep(1.0)
+            client.wait(60)
             hub.pace.set()
         server.terminate()
 

@@ -18,7 +18,7 @@ def test_a_machine_of_its_own_is_not_shared() -> None:
 
 
 def test_one_with_room_for_everybody_is_not_shared() -> None:
-    assert not shared_after(idle=0.5, own=0.5)
+    assert not shared_after(idle=1.1, own=0.1)
 
 
 def test_one_that_others_keep_busy_is_shared() -> None:

@@ -20,6 +20,7 @@ from swarmd.scheduling.scheduler import (
     LONG_PART_S,
     MAX_FORWARDS_PER_PEER,
     SHARED_GATHER_GAP_STEPS,
+    SHARED_GROUPS,
     STALL_STEPS,
     Scheduler,
 )
@@ -138,22 +139,39 @@ def test_a_step_is_held_for_a_moment_while_others_decode() -> None:
     assert len(part.works) == 3
 
 
-def test_a_step_is_held_longer_where_others_use_the_time() -> None:
-    scheduler = Scheduler(CostModel(STEP_S, ROW_S, TOKEN_S), is_shared=lambda now_s: True)
-    machine = Machine(scheduler)
-    for session in range(3):
+def shared_machine(sessions: int) -> Machine:
+    """One whose time others use, on which so many sessions have decoded just now."""
+    machine = Machine(Scheduler(CostModel(STEP_S, ROW_S, TOKEN_S), is_shared=lambda now_s: True))
+    for session in range(sessions):
         machine.add(Kind.DECODE, session=session)
-    machine.run_one()
+    for _ in range(SHARED_GROUPS):
+        machine.run_one()
+    return machine
+
+
+def test_a_step_is_held_longer_where_others_use_the_time() -> None:
+    machine = shared_machine(6)
     machine.add(Kind.DECODE, session=0)
-    assert scheduler.next(machine.now_s) is None
-    assert scheduler.wake_at_s - machine.now_s == pytest.approx(SHARED_GATHER_GAP_STEPS * STEP_S)
-    machine.now_s += 0.7 * STEP_S
+    assert machine.scheduler.next(machine.now_s) is None
+    assert machine.scheduler.wake_at_s - machine.now_s == pytest.approx(SHARED_GATHER_GAP_STEPS * STEP_S)
+    machine.now_s += 0.9 * SHARED_GATHER_GAP_STEPS * STEP_S
     machine.add(Kind.DECODE, session=1)
-    assert scheduler.next(machine.now_s) is None
-    machine.now_s += 0.9 * STEP_S
-    part = scheduler.next(machine.now_s)
+    assert machine.scheduler.next(machine.now_s) is None
+    machine.now_s += 1.1 * SHARED_GATHER_GAP_STEPS * STEP_S
+    part = machine.scheduler.next(machine.now_s)
     assert part is not None
     assert len(part.works) == 2
+
+
+def test_where_others_use_the_time_each_half_of_the_sessions_is_a_batch() -> None:
+    machine = shared_machine(6)
+    assert [len(part.works) for _, part, _ in machine.parts] == [3, 3]
+    for session in (4, 0, 2):
+        assert machine.scheduler.next(machine.now_s) is None
+        machine.add(Kind.DECODE, session=session)
+    part = machine.scheduler.next(machine.now_s)
+    assert part is not None
+    assert len(part.works) == 3
 
 
 def test_a_prompt_goes_whole_where_only_its_own_session_or_one_that_is_over_has_decoded() -> None:

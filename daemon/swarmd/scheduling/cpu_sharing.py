@@ -14,8 +14,8 @@ PERIOD_S = 1.0
 """Between two looks at the counters, which cost 0.1 ms."""
 MIN_OTHERS = 0.5
 """Processors kept busy by others."""
-MAX_IDLE = 0.3
-"""Processors that nobody uses."""
+MAX_IDLE = 1.0
+"""Processors that nobody uses: with a whole one to spare, nobody is in the way of anybody."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,9 +97,11 @@ class _Matrix:
 
 
 def _are_few(states: torch.Tensor, columns: torch.Tensor) -> bool:
-    """Whether columns pay: for one token, and where the kernel is to be had for a batch of them."""
+    """Whether columns pay: for one token, and where the kernel is to be had for a batch of them; never for states whose
+    gradients are wanted, which a matrix would keep.
+    """
     if states.numel() == columns.shape[0]:
-        return True
+        return not states.requires_grad
     kernel = find_column_kernel()
     return kernel is not None and kernel.is_for(states, columns)
 

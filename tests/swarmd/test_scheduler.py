@@ -28,6 +28,9 @@ from swarmd.scheduling.work import Kind, Part, Work
 
 STEP_S, ROW_S, TOKEN_S = 0.014, 0.001, 0.0008
 """Ten blocks of SmolLM2 on one thread of an old machine."""
+BACKWARD_TOKEN_S = 3 * TOKEN_S
+NUM_STAGES = 29
+"""Of a backward pass through ten blocks, roughly."""
 ALICE, BOB = PeerId("alice"), PeerId("bob")
 
 
@@ -49,6 +52,8 @@ class Machine:
     def took_s(self, part: Part) -> float:
         if part.kind is Kind.DECODE:
             return STEP_S + ROW_S * (part.num_rows - 1)
+        if part.kind is Kind.BACKWARD:
+            return BACKWARD_TOKEN_S * part.num_token_passes
         return STEP_S + TOKEN_S * part.num_rows * part.num_tokens
 
     def run_one(self, until_s: float = math.inf) -> Part | None:
@@ -266,6 +271,71 @@ def test_forward_passes_run_in_whole_rows_or_pieces_of_one_row() -> None:
     assert sum(tokens for _, tokens in parts) == 2000
 
 
+def backward(machine: Machine, peer_id: PeerId = BOB, rows: int = 8, tokens: int = 128, **more: object) -> Work:
+    return machine.add(Kind.BACKWARD, peer_id, rows, tokens, **{"num_stages": NUM_STAGES, **more})
+
+
+def test_backward_passes_leave_more_than_half_of_the_speed_to_those_who_decode() -> None:
+    quiet_s = Machine().decode_for(3.0, sessions=1, think_s=0.03)
+    machine = Machine()
+    machine.decode_for(0.5, sessions=1, think_s=0.03)
+    before = len(machine.parts)
+    for number in range(MAX_FORWARDS_PER_PEER):
+        machine.add(Kind.FORWARD, BOB, rows=8, tokens=128) if number % 2 else backward(machine)
+    busy_s = machine.decode_for(3.0, sessions=1, think_s=0.03)
+    trained_s = [took_s for _, part, took_s in machine.parts[before:] if part.kind.queue is Kind.FORWARD]
+    assert any(part.kind is Kind.BACKWARD for _, part, _ in machine.parts[before:])
+    assert 0.5 * FORWARD_SHARE_WHILE_DECODING < sum(trained_s) / 3.0 <= FORWARD_SHARE_WHILE_DECODING * 1.05
+    assert max(trained_s) <= 1.05 * STALL_STEPS[Kind.FORWARD] * STEP_S
+    assert len(busy_s) > 0.75 * len(quiet_s)
+
+
+def test_rows_whose_gradients_have_begun_are_finished_before_others_of_any_peer_begin() -> None:
+    machine = Machine()
+    works = [backward(machine, PeerId(f"peer {number}"), max_rows=3) for number in range(3)]
+    forward = machine.add(Kind.FORWARD, ALICE, rows=8, tokens=128)
+    under_way: Counter[int] = Counter()
+    for _ in machine.run_all():
+        begun = [work for work in works if work.rows_begun]
+        under_way[len(begun)] += 1
+        assert all(work.rows_begun <= 3 for work in begun)
+    assert under_way.keys() == {0, 1}
+    assert forward.is_done
+    assert all(work.is_done for work in works)
+
+
+def test_one_stage_of_rows_never_takes_long_though_nobody_decodes_when_they_begin() -> None:
+    machine = Machine()
+    work = backward(machine, rows=64, tokens=32)
+    machine.run_one()
+    machine.decode_for(0.1, sessions=1)
+    before = len(machine.parts)
+    machine.decode_for(2.0, sessions=1)
+    trained_s = [took_s for _, part, took_s in machine.parts[before:] if part.kind is Kind.BACKWARD]
+    assert trained_s
+    assert max(trained_s) <= 1.05 * STALL_STEPS[Kind.FORWARD] * STEP_S
+    assert not work.is_done
+
+
+def test_what_a_backward_token_costs_is_three_forward_ones_until_it_is_measured() -> None:
+    costs = CostModel(STEP_S, ROW_S, TOKEN_S)
+    assert costs.token_s[Kind.BACKWARD] == pytest.approx(3 * TOKEN_S)
+    for _ in range(40):
+        costs.note_part(Kind.BACKWARD, 7.5, 7.5 * 5 * TOKEN_S)
+    assert costs.token_s[Kind.BACKWARD] == pytest.approx(5 * TOKEN_S, rel=0.01)
+    assert costs.tokens_within(Kind.BACKWARD, 1.0) == int(1.0 / (5 * TOKEN_S))
+
+
+def test_tokens_of_a_backward_pass_are_counted_once() -> None:
+    machine = Machine()
+    backward(machine, rows=5, tokens=100)
+    num_tokens = 0
+    while (part := machine.scheduler.next(machine.now_s)) is not None:
+        num_tokens += part.num_finished_tokens
+        machine.scheduler.note(part, 0.01, machine.now_s)
+    assert num_tokens == 500
+
+
 def test_a_peer_with_many_prompts_does_not_keep_another_from_its_first() -> None:
     machine = Machine()
     for _ in range(10):
@@ -307,9 +377,19 @@ def test_one_peer_cannot_fill_the_queue_with_forward_passes() -> None:
     machine = Machine()
     for _ in range(MAX_FORWARDS_PER_PEER):
         machine.add(Kind.FORWARD, BOB)
-    with pytest.raises(ServerBusy, match="8 forward passes of one peer are waiting"):
+    with pytest.raises(ServerBusy, match="8 forward or backward passes of one peer wait already"):
         machine.add(Kind.FORWARD, BOB)
     machine.add(Kind.FORWARD, ALICE)
+
+
+def test_forward_and_backward_passes_of_a_peer_count_together() -> None:
+    machine = Machine()
+    for number in range(MAX_FORWARDS_PER_PEER):
+        machine.add(Kind.FORWARD if number % 2 else Kind.BACKWARD, BOB)
+    for kind in (Kind.FORWARD, Kind.BACKWARD):
+        with pytest.raises(ServerBusy, match="wait already"):
+            machine.add(kind, BOB)
+    machine.add(Kind.BACKWARD, ALICE)
 
 
 def test_work_given_up_while_it_runs_does_not_come_back() -> None:
@@ -332,6 +412,8 @@ class Asked:
     tokens: int
     key: str | None
     after_s: float
+    stages: int
+    max_rows: int | None
 
 
 requests = st.builds(
@@ -342,6 +424,8 @@ requests = st.builds(
     tokens=st.integers(1, 3000),
     key=st.sampled_from(["a", "b", None]),
     after_s=st.floats(0, 2) | st.just(0.0),
+    stages=st.integers(1, 30),
+    max_rows=st.none() | st.integers(1, 3),
 )
 
 
@@ -356,8 +440,9 @@ def test_all_work_is_done_once_and_the_device_never_idles_without_reason(asked: 
     for _ in range(20_000):
         while pending and (not works or 100.0 + pending[0].after_s <= machine.now_s):
             request = pending.pop(0)
-            forwards[request.peer] += request.kind is Kind.FORWARD
-            if forwards[request.peer] > MAX_FORWARDS_PER_PEER and request.kind is Kind.FORWARD:
+            is_training = request.kind.queue is Kind.FORWARD
+            forwards[request.peer] += is_training
+            if forwards[request.peer] > MAX_FORWARDS_PER_PEER and is_training:
                 continue
             is_decode = request.kind is Kind.DECODE
             works.append(
@@ -368,6 +453,8 @@ def test_all_work_is_done_once_and_the_device_never_idles_without_reason(asked: 
                     1 if is_decode else request.tokens,
                     session=len(works),
                     batch_key=request.key if is_decode else None,
+                    num_stages=request.stages if request.kind is Kind.BACKWARD else 1,
+                    max_rows=request.max_rows,
                 )
             )
         began_s = machine.now_s
@@ -381,14 +468,17 @@ def test_all_work_is_done_once_and_the_device_never_idles_without_reason(asked: 
             assert machine.now_s - began_s <= DECODING_S
         else:
             assert (
-                part.kind is Kind.DECODE or part.num_rows * part.num_tokens <= MAX_PART_TOKENS or part.num_tokens == 1
+                part.kind in (Kind.DECODE, Kind.BACKWARD)
+                or part.num_rows * part.num_tokens <= MAX_PART_TOKENS
+                or part.num_tokens == 1
             )
             for work in part.works:
-                ran[work] += (work.num_rows if work.kind is Kind.DECODE else part.num_rows) * part.num_tokens
+                num_rows = work.num_rows if work.kind is Kind.DECODE else part.num_rows
+                ran[work] += num_rows * part.num_tokens * part.num_stages
     else:
         pytest.fail("work is left for ever")
     assert all(work.is_done for work in works)
-    assert {work: work.num_rows * work.num_tokens for work in works} == dict(ran)
+    assert {work: work.num_rows * work.num_tokens * work.num_stages for work in works} == dict(ran)
 
 
 @given(

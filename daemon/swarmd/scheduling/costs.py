@@ -13,9 +13,13 @@ GAIN = 0.25
 FIRST_PART_TOKENS = 64
 """Of a kind that was never measured: on the slowest machines half a second."""
 MIN_PART_TOKENS = 16
-"""Fewer cost almost as much: the weights are read in any case, and small matrices are multiplied slowly."""
+"""Fewer cost almost as much: the weights are read in any case, and small matrices are multiplied slowly. Not so of a
+backward pass: fewer tokens are some stages of more tokens."""
 MAX_PART_TOKENS = 2048
 """What is computed besides keys and values grows with a part; this bounds it on the fastest machines."""
+BACKWARD_COST = 3.0
+"""Of a token, in forward passes of it, until it is measured: one keeps what each block is given, one is repeated for
+the gradients, which take as long again."""
 MIN_TOKEN_SHARE = 0.1
 """Of a part's time that its tokens take at the least, whatever a pass without them is said to take."""
 
@@ -26,7 +30,9 @@ class CostModel:
     def __init__(self, step_s: float | None = None, row_s: float = 0.0, token_s: float | None = None) -> None:
         self._step_s = step_s
         self._row_s = row_s
-        self._token_s: dict[Kind, float] = {} if token_s is None else dict.fromkeys(Kind, token_s)
+        self._token_s: dict[Kind, float] = {}
+        if token_s is not None:
+            self._token_s = dict.fromkeys(Kind, token_s) | {Kind.BACKWARD: BACKWARD_COST * token_s}
 
     @property
     def step_s(self) -> float:
@@ -53,9 +59,10 @@ class CostModel:
         token_s = self._token_s.get(kind)
         if token_s is None:
             return FIRST_PART_TOKENS
-        if token_s * MAX_PART_TOKENS <= time_s - self.step_s:
+        left_s = time_s - self._fixed_s(kind)
+        if token_s * MAX_PART_TOKENS <= left_s:
             return MAX_PART_TOKENS
-        return max(MIN_PART_TOKENS, int((time_s - self.step_s) / token_s))
+        return max(1 if kind is Kind.BACKWARD else MIN_PART_TOKENS, int(left_s / token_s))
 
     def note_decode(self, num_rows: int, took_s: float) -> None:
         """Takes up what a batch of decode steps took: the error is shared by what caused it (normalized least mean
@@ -67,8 +74,12 @@ class CostModel:
         self._step_s = max(0.0, self._step_s + error_s)
         self._row_s = max(0.0, self._row_s + error_s * (num_rows - 1))
 
-    def note_part(self, kind: Kind, num_tokens: int, took_s: float) -> None:
-        """Takes up what `num_tokens`, over all rows, of a prompt or a forward pass took."""
-        token_s = max(took_s - self.step_s, MIN_TOKEN_SHARE * took_s) / num_tokens
+    def note_part(self, kind: Kind, num_tokens: float, took_s: float) -> None:
+        """Takes up what `num_tokens`, over all rows, of a prompt, a forward or a backward pass took."""
+        token_s = max(took_s - self._fixed_s(kind), MIN_TOKEN_SHARE * took_s) / num_tokens
         known_s = self._token_s.get(kind)
         self._token_s[kind] = token_s if known_s is None else known_s + GAIN * (token_s - known_s)
+
+    def _fixed_s(self, kind: Kind) -> float:
+        """Of a part's time, for reading the weights. Where a part is of some blocks only, its tokens share it."""
+        return 0.0 if kind is Kind.BACKWARD else self.step_s

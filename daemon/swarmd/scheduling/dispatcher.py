@@ -197,7 +197,7 @@ class Dispatcher:
         """In the trio thread: a part is back from the device."""
         self._is_busy = False
         self._num_parts[part.kind] += 1
-        self._num_tokens[part.kind] += part.num_rows * part.num_tokens
+        self._num_tokens[part.kind] += part.num_finished_tokens
         self._busy_s[part.kind] += took_s
         if part.kind is Kind.DECODE:
             self._batch_sizes[part.num_rows] += 1

@@ -8,7 +8,9 @@ Each time the device is free, `Scheduler.next` picks one part of the work that w
   other processes, for which every batch saved is time, half of the sessions are gathered: two groups then go round
   through the servers of a chain, so that one computes while the other is elsewhere. The only session never waits.
 - **Prompts** run in parts, so long that those who decode wait for little more than the time of `STALL_STEPS` steps.
-- **Forward passes** run in parts too, and rest in between while others decode.
+- **Forward and backward passes** run in parts too, and rest in between while others decode. Of a backward pass some
+  rows at a time go through the blocks and back, a few blocks in each part; only of one such pass are rows under way,
+  because what they have to keep takes much memory.
 
 Between the kinds time is shared by start-time fair queueing (Goyal, Vin, Cheng 1996): each has a clock that runs slower
 the larger its share, and the one whose clock is behind is next. Within a kind, the peer that had least lately is first,
@@ -79,8 +81,8 @@ class Scheduler:
         self.wake_at_s = math.inf
         """When to ask again though nothing came or went: something waits that may not run before."""
         self._max_waiting = max_waiting
-        self._waiting: dict[Kind, list[Work]] = {kind: [] for kind in Kind}
-        self._clocks_s = dict.fromkeys(Kind, 0.0)
+        self._waiting: dict[Kind, list[Work]] = {kind.queue: [] for kind in Kind}
+        self._clocks_s = dict.fromkeys(self._waiting, 0.0)
         self._clock_s = 0.0
         self._decoding: OrderedDict[int | None, tuple[float, int]] = OrderedDict()
         """By session: when it last took a decode step, and with how many rows; the latest last."""
@@ -94,17 +96,17 @@ class Scheduler:
         """Takes work in. Raises `ServerBusy`."""
         if self.num_waiting >= self._max_waiting:
             raise ServerBusy(f"{self.num_waiting} requests are waiting for the device already")
-        if work.kind is Kind.FORWARD:
+        if work.kind.queue is Kind.FORWARD:
             forwards = sum(other.peer_id == work.peer_id for other in self._waiting[Kind.FORWARD])
             if forwards >= MAX_FORWARDS_PER_PEER:
-                raise ServerBusy(f"{forwards} forward passes of one peer are waiting already", work.peer_id)
+                raise ServerBusy(f"{forwards} forward or backward passes of one peer wait already", work.peer_id)
         self._put(work)
 
     def remove(self, work: Work) -> None:
         """Forgets work that waits; what is out does not come back."""
         work.is_given_up = True
-        if work in self._waiting[work.kind]:
-            self._waiting[work.kind].remove(work)
+        if work in self._waiting[work.kind.queue]:
+            self._waiting[work.kind.queue].remove(work)
 
     def forget_session(self, session: int) -> None:
         """It is over: nobody waits for its next token."""
@@ -114,23 +116,23 @@ class Scheduler:
         """What to run now; None where nothing waits, or what waits is to wait until `wake_at_s`."""
         self.wake_at_s = math.inf
         self._forget_who_stopped(now_s)
-        ready = [kind for kind, works in self._waiting.items() if works and self._is_ready(kind, now_s)]
+        ready = [queue for queue, works in self._waiting.items() if works and self._is_ready(queue, now_s)]
         if not ready:
             return None
-        kind = min(ready, key=self._clocks_s.__getitem__)
-        if kind is Kind.DECODE and len(ready) == 1 and now_s < (until_s := self._gathered_at_s(now_s)):
+        queue = min(ready, key=self._clocks_s.__getitem__)
+        if queue is Kind.DECODE and len(ready) == 1 and now_s < (until_s := self._gathered_at_s(now_s)):
             self.wake_at_s = min(self.wake_at_s, until_s)
             return None
-        self._clock_s = self._clocks_s[kind]
-        part = self._decode_batch(now_s) if kind is Kind.DECODE else self._part(kind, now_s)
+        self._clock_s = self._clocks_s[queue]
+        part = self._decode_batch(now_s) if queue is Kind.DECODE else self._part(queue, now_s)
         for work in part.works:
-            self._waiting[kind].remove(work)
+            self._waiting[queue].remove(work)
         return part
 
     def note(self, part: Part, took_s: float, now_s: float) -> None:
         """A part has run; what is left of it waits again."""
         kind = part.kind
-        self._clocks_s[kind] += took_s / SHARES[kind]
+        self._clocks_s[kind.queue] += took_s / SHARES[kind.queue]
         for work in part.works:
             share = work.num_rows / part.num_rows if kind is Kind.DECODE else 1.0
             self.service.note(work.peer_id, took_s * share, now_s)
@@ -142,8 +144,8 @@ class Scheduler:
             if part.num_tokens:
                 self.costs.note_decode(part.num_rows, took_s)
             return
-        self.costs.note_part(kind, part.num_rows * part.num_tokens, took_s)
-        if kind is Kind.FORWARD:
+        self.costs.note_part(kind, part.num_token_passes, took_s)
+        if kind.queue is Kind.FORWARD:
             self._forward_rests_until_s = now_s + took_s * (1 / FORWARD_SHARE_WHILE_DECODING - 1)
         (work,) = part.works
         if not (work.is_done or work.is_given_up):
@@ -154,12 +156,13 @@ class Scheduler:
         return SchedulerStatistics(self.num_waiting, len(self._decoding))
 
     def _put(self, work: Work) -> None:
-        if not self._waiting[work.kind]:
-            self._clocks_s[work.kind] = max(self._clocks_s[work.kind], self._clock_s)
-        self._waiting[work.kind].append(work)
+        queue = work.kind.queue
+        if not self._waiting[queue]:
+            self._clocks_s[queue] = max(self._clocks_s[queue], self._clock_s)
+        self._waiting[queue].append(work)
 
-    def _is_ready(self, kind: Kind, now_s: float) -> bool:
-        if kind is not Kind.FORWARD or not self._decoding or now_s >= self._forward_rests_until_s:
+    def _is_ready(self, queue: Kind, now_s: float) -> bool:
+        if queue is not Kind.FORWARD or not self._decoding or now_s >= self._forward_rests_until_s:
             return True
         last_step_s, _ = next(reversed(self._decoding.values()))
         self.wake_at_s = min(self._forward_rests_until_s, last_step_s + DECODING_S)
@@ -202,24 +205,45 @@ class Scheduler:
                 num_rows += work.num_rows
         return Part(tuple(works), num_rows, first.num_tokens)
 
-    def _part(self, kind: Kind, now_s: float) -> Part:
-        """As much of a prompt or forward pass as may run now."""
-        work = min(self._waiting[kind], key=lambda work: self._urgency_s(work, now_s))
-        time_s = LONG_PART_S
+    def _part(self, queue: Kind, now_s: float) -> Part:
+        """As much of a prompt, a forward or a backward pass as may run now."""
+        work = min(self._may_go_on(queue), key=lambda work: self._urgency_s(work, now_s))
         others = [num_rows for session, (_, num_rows) in self._decoding.items() if session != work.session]
-        if others:
-            time_s = STALL_STEPS[kind] * self.costs.decode_s(sum(others))
-        max_tokens = self.costs.tokens_within(kind, time_s)
+        stall_s = STALL_STEPS[queue] * self.costs.decode_s(max(1, sum(others)))
+        time_s = stall_s if others else LONG_PART_S
+        max_tokens = self.costs.tokens_within(work.kind, time_s)
         tokens_left = work.num_tokens - work.tokens_done
-        if kind is Kind.PREFILL:
+        if work.kind is Kind.BACKWARD:
+            return _stages(work, max_tokens, self.costs.tokens_within(work.kind, stall_s))
+        if work.kind is Kind.PREFILL:
             return Part((work,), work.num_rows, _even_part(tokens_left, max_tokens // work.num_rows))
         if not work.tokens_done and work.num_tokens <= max_tokens:
             return Part((work,), _even_part(work.num_rows - work.rows_done, max_tokens // work.num_tokens), tokens_left)
         return Part((work,), 1, _even_part(tokens_left, max_tokens))
 
+    def _may_go_on(self, queue: Kind) -> list[Work]:
+        """All that wait, but backward passes only once no other one has rows under way."""
+        works = self._waiting[queue]
+        begun = next((work for work in works if work.rows_begun), None)
+        return [work for work in works if begun is None or work is begun or work.kind is not Kind.BACKWARD]
+
     def _urgency_s(self, work: Work, now_s: float) -> float:
         """The lowest is first."""
         return self.service.used_s(work.peer_id, now_s) - (now_s - work.arrived_s)
+
+
+def _stages(work: Work, max_tokens: int, stall_tokens: int) -> Part:
+    """The next stages of a backward pass: so many that they take no longer than all stages of `max_tokens`.
+
+    It is of as many rows that one stage takes no longer than all stages of `stall_tokens`: for these, once they have
+    begun, somebody who begins to decode may have to wait.
+    """
+    num_rows = work.rows_begun
+    if not num_rows:
+        most = stall_tokens * work.num_stages // work.num_tokens
+        num_rows = _even_part(work.num_rows - work.rows_done, min(most, work.max_rows or most))
+    most_stages = max(1, max_tokens * work.num_stages // (num_rows * work.num_tokens))
+    return Part((work,), num_rows, work.num_tokens, min(most_stages, work.num_stages - work.stages_done))
 
 
 def _even_part(left: int, most: int) -> int:

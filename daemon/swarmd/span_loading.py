@@ -4,10 +4,8 @@ All computing is the device thread's; importing this file imports torch. What is
 `swarmd/engine.py`.
 """
 
-import ctypes
 import gc
 import logging
-import sys
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +14,7 @@ import psutil
 import torch
 import trio
 
+from p2pswarm.blocks.heap import trim_heap
 from p2pswarm.blocks.page_tables import pages_for
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.core.server_info import ServerInfo
@@ -70,6 +69,7 @@ class ModelLoader:
         pool = loaded.model.new_pool(pages_for(loaded.cache_tokens))
         served = Served(info.model_id, loaded.model, pool, loaded.max_length)
         service = SpanService(served, self._device, self._describe, _known_costs(loaded), _sharing(opened.device))
+        await self._device.run(trim_heap)
         gc.freeze()  # what a load leaves behind stays for long: looking through it costs 0.3 s each time
         gc.enable()
         return ServedSpan(
@@ -111,12 +111,4 @@ def _give_memory_back() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        _trim_heap()
-
-
-def _trim_heap() -> None:
-    """Returns to the system what glibc keeps for the next request; other C libraries have no such call."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_heap()

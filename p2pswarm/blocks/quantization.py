@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from p2pswarm.blocks.architecture import Layout
+from p2pswarm.blocks.heap import trim_heap
 from p2pswarm.blocks.loading import load_weights
 from p2pswarm.blocks.quantized_kernel import BLOCK_WEIGHTS, STATES_PRECISION, NoKernel, find_kernel
 from p2pswarm.blocks.quantized_linear import KernelLinear, quantized_linear
@@ -97,6 +98,7 @@ def load_quantized(
         load_weights(layout.model, source, dtype=dtype, device=device)
         source.release()
         quantize_block(block, quantization, dtype)
+        trim_heap()
         layout.blocks[index] = passing
     for index, block in blocks.items():
         layout.blocks[index] = block

@@ -5,6 +5,7 @@
 prints `SpanFigures` as JSON; `measure_span` starts that and reads it.
 """
 
+import gc
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 import torch
 
 from p2pswarm.blocks.architecture import lay_out
+from p2pswarm.blocks.heap import trim_heap
 from p2pswarm.blocks.quantization import weights_bytes
 from p2pswarm.blocks.span_model import SpanModel, load_span
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
@@ -59,19 +61,19 @@ def measure_here(folder: Path, quantization: Quantization) -> SpanFigures:
     blocks = lay_out(checkpoint.config, torch.float32).blocks
     load_span(checkpoint, Span(0, 1), quantization=quantization)  # imports and compiles what is needed for it
     checkpoint.release()
-    before_bytes = memory_bytes("VmRSS")
+    before_bytes = resident_bytes()
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     started_s = time.perf_counter()
     model = load_span(checkpoint, span, quantization=quantization)
     load_s = time.perf_counter() - started_s
     peak_bytes = memory_bytes("VmHWM") - before_bytes
     checkpoint.release()
-    resident_bytes = memory_bytes("VmRSS") - before_bytes
+    kept_bytes = resident_bytes() - before_bytes
     prompt = torch.randn(1, PROMPT_TOKENS, model.hidden_size)
     return SpanFigures(
         weights_bytes=sum(weights_bytes(block, quantization) for block in blocks),
         block_bytes=weights_bytes(blocks[0], Quantization.NONE),
-        resident_bytes=resident_bytes,
+        resident_bytes=kept_bytes,
         peak_bytes=peak_bytes,
         load_s=load_s,
         decode_s=decode_s(model, 1),
@@ -91,6 +93,13 @@ def took_s(function: Callable[[], object]) -> float:
     started_s = time.perf_counter()
     function()
     return time.perf_counter() - started_s
+
+
+def resident_bytes() -> int:
+    """Once all that is free has been given back, as servers do."""
+    gc.collect()
+    trim_heap()
+    return memory_bytes("VmRSS")
 
 
 def memory_bytes(name: str) -> int:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,12 +40,20 @@ REASONS_AGAINST_KINDS: Mapping[str, str] = {
 }
 
 
+class Head(Enum):
+    """What follows the last block and its norm; the value says it in messages."""
+
+    CAUSAL_LM = "causal language model"
+    SEQUENCE_CLASSIFICATION = "sequence classifier"
+    NONE = "base model"
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """A model without weights, and where its parts are."""
 
     model: "PreTrainedModel"
-    """The causal language model, its parameters on the meta device."""
+    """Of transformers' class for the head, its parameters on the meta device."""
     blocks_path: str
     """Where the block list is within `model`, dotted."""
     num_blocks: int
@@ -62,14 +71,14 @@ class Layout:
         return blocks
 
 
-def lay_out(config: "PretrainedConfig", dtype: torch.dtype) -> Layout:
+def lay_out(config: "PretrainedConfig", dtype: torch.dtype, head: Head = Head.CAUSAL_LM) -> Layout:
     """Builds the model of a config without weights. Raises `UnsupportedModelError` where it cannot be cut.
 
     Of a model that also sees or hears, only the language model is built.
     """
     check_config(config)
     text_config = copy.deepcopy(config.get_text_config(decoder=True))  # models change theirs, even while they run
-    model = _build(_model_class(text_config), text_config, dtype)
+    model = _build(_model_class(text_config, head), text_config, dtype)
     num_blocks = int(text_config.num_hidden_layers)
     layout = Layout(model, _find_blocks(model, num_blocks), num_blocks, int(text_config.hidden_size))
     _check_decoder(layout.decoder)
@@ -124,15 +133,18 @@ def layer_windows(config: "PretrainedConfig") -> list[int | None]:
     return [option.get("sliding_window") for option in options]
 
 
-def _model_class(config: "PretrainedConfig") -> type["PreTrainedModel"]:
-    from transformers import AutoModelForCausalLM
+def _model_class(config: "PretrainedConfig", head: Head) -> type["PreTrainedModel"]:
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    classes: dict[Head, Any] = {
+        Head.CAUSAL_LM: AutoModelForCausalLM,
+        Head.SEQUENCE_CLASSIFICATION: AutoModelForSequenceClassification,
+        Head.NONE: AutoModel,
+    }
     try:
-        found: Any = AutoModelForCausalLM._model_mapping[type(config)]
+        found: Any = classes[head]._model_mapping[type(config)]
     except KeyError as error:
-        raise UnsupportedModelError(
-            f"transformers has no causal language model of the type {config.model_type}"
-        ) from error
+        raise UnsupportedModelError(f"transformers has no {head.value} of the type {config.model_type}") from error
     model_class: type[PreTrainedModel] = found[0] if isinstance(found, tuple) else found
     return model_class
 

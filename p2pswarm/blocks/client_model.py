@@ -1,13 +1,15 @@
 """A model as a client runs it: embeddings, final norm and head here, all blocks somewhere else.
 
-It is the model's own causal language model class, so `forward` and `generate` are transformers'. Its first block
-calls `run_blocks`, its others pass through; both hold no weights. `SwarmCache` is what the model takes for its
-key-value cache.
+It is the model's own class, causal language model or another, so `forward` and `generate` are transformers'. Its first
+block calls `run_blocks`, its others pass through; both hold no weights. `SwarmCache` is what the model takes for its
+key-value cache. `virtual_tokens.py` puts tuned prompts in front of texts.
 """
 
+import copy
 import inspect
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,22 +17,27 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from p2pswarm.blocks.architecture import lay_out
+from p2pswarm.blocks.architecture import Head, lay_out
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.packed_weights import pack_layer
 from p2pswarm.blocks.shared_head import share_head
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings
+from p2pswarm.blocks.virtual_tokens import PrefixSource, no_prefix, with_prefix, without_prefix
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
+
+HEAD_DEVIATION = 0.02
+"""Of the weights of a new head, where the config does not say; nearly all configs say this."""
 
 
 class SwarmCache(Cache):
     """Stands for keys and values that the servers hold: it knows how many tokens have passed, and what is to be undone.
 
-    Given to `generate` or `forward` as `past_key_values`. Setting `position` back forgets tokens.
+    Given to `generate` or `forward` as `past_key_values`. Setting `position` back forgets tokens. A tuned prompt in
+    front of the text is not counted, but while the decoder runs.
     """
 
     def __init__(self) -> None:
@@ -39,15 +46,17 @@ class SwarmCache(Cache):
         """Tokens that have passed."""
         self.beam_indices: torch.Tensor | None = None
         """What `reorder_cache` asked for since the last step: `[batch], int64`."""
+        self.prefix_length = 0
+        """Tokens that passed before the text; told to the decoder only."""
 
     def __bool__(self) -> bool:
         return True  # although it has no layers, and so a length of 0
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.position
+        return self.position + self.prefix_length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.position + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
@@ -99,27 +108,67 @@ RunBlocks = Callable[[BlocksCall], torch.Tensor]
 """Returns the hidden states after the last block, [batch, tokens, hidden]."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _DecoderCall:
+    """What the decoder was called with."""
+
+    inputs: Mapping[str, Any]
+    cache: SwarmCache | None
+    num_virtual_tokens: int
+    """At the front of these inputs."""
+
+
 class SwarmBlocks(nn.Module):
     """The first block of a client's model: it stands for all of them."""
 
-    def __init__(self, replaced: nn.Module, run_blocks: RunBlocks) -> None:
+    def __init__(self, replaced: nn.Module, run_blocks: RunBlocks, embeddings: Callable[[], nn.Module]) -> None:
+        """`embeddings` gives the model's own."""
         super().__init__()
         copy_settings(replaced, self)
         self.run_blocks = run_blocks
-        self._called_with = threading.local()
-        """`inputs`: what the decoder was called with, in each thread that generates."""
+        self.prefix: PrefixSource = no_prefix
+        """Asked at each call for the tuned prompt in front of its text."""
+        self._embeddings = embeddings
+        self._calls = threading.local()
+        """`current`: that of each thread that generates."""
 
-    def remember_inputs(self, decoder: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]) -> None:
+    def before_decoder(
+        self, decoder: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A forward pre-hook of the decoder, the module that runs the blocks."""
         bound = inspect.signature(decoder.forward).bind_partial(*arguments).arguments if arguments else {}
-        self._called_with.inputs = {**bound, **named}
-
-    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **named_arguments: Any) -> torch.Tensor:
-        inputs: Mapping[str, Any] = self._called_with.__dict__.pop("inputs")
+        inputs: Mapping[str, Any] = {**bound, **named}
         cache = inputs.get("past_key_values")
         if cache is not None and not isinstance(cache, SwarmCache):
             raise TypeError(f"past_key_values must be a SwarmCache (or None), not {type(cache).__name__}")
+        prefix = self.prefix()
+        if prefix is None:
+            self._calls.current = _DecoderCall(inputs, cache, 0)
+            return None
         position = cache.position if cache is not None else 0
+        inputs = with_prefix(prefix, inputs, position, self._embeddings())
+        self._calls.current = _DecoderCall(inputs, cache, 0 if position else prefix.shape[0])
+        if cache is not None and position:
+            cache.prefix_length = prefix.shape[0]
+        return (), dict(inputs)
+
+    def after_decoder(
+        self, decoder: nn.Module, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any
+    ) -> Any:
+        """A forward hook of the decoder, called even where it has failed."""
+        call: _DecoderCall | None = self._calls.__dict__.pop("current", None)
+        if call is None:
+            return output
+        if call.cache is not None:
+            call.cache.prefix_length = 0
+        if output is None or not call.num_virtual_tokens:
+            return output
+        return without_prefix(output, call.num_virtual_tokens)
+
+    def forward(self, hidden_states: torch.Tensor, *arguments: Any, **named_arguments: Any) -> torch.Tensor:
+        decoder_call: _DecoderCall = self._calls.current
+        inputs, cache = decoder_call.inputs, decoder_call.cache
+        position = cache.get_seq_length() if cache is not None else 0
         num_tokens = hidden_states.shape[1]
         call = BlocksCall(
             hidden_states=hidden_states,
@@ -131,7 +180,7 @@ class SwarmBlocks(nn.Module):
         )
         output = self.run_blocks(call)
         if cache is not None:
-            cache.position = position + num_tokens
+            cache.position += num_tokens - decoder_call.num_virtual_tokens
             cache.beam_indices = None
         return as_layer_output(output.to(device=hidden_states.device, dtype=hidden_states.dtype))
 
@@ -200,28 +249,92 @@ def load_client_model(
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    head: Head = Head.CAUSAL_LM,
+    num_labels: int | None = None,
+    seed: int = 0,
 ) -> "PreTrainedModel":
-    """The checkpoint's causal language model without its blocks, of which no tensor is read.
+    """The checkpoint's model with that head, without its blocks, of which no tensor is read.
 
-    Raises `UnsupportedModelError` or `CheckpointError`; what `run_blocks` raises comes out of `forward`.
+    A sequence classifier has `num_labels` labels, by default those of the checkpoint's config. Where its head is not in
+    the checkpoint, it is drawn with the seed, in float32. Raises `UnsupportedModelError` or `CheckpointError`; what
+    `run_blocks` raises comes out of `forward`.
     """
     device = torch.device(device)
     with LOADING:
-        layout = lay_out(source.config, dtype)
-        blocks = layout.blocks
-        first = SwarmBlocks(blocks[0], run_blocks)
-        layout.decoder.register_forward_pre_hook(first.remember_inputs, with_kwargs=True)
+        layout = lay_out(_with_labels(source.config, num_labels), dtype, head)
+        model, blocks = layout.model, layout.blocks
+        first = SwarmBlocks(blocks[0], run_blocks, model.get_input_embeddings)
+        layout.decoder.register_forward_pre_hook(first.before_decoder, with_kwargs=True)
+        layout.decoder.register_forward_hook(first.after_decoder, with_kwargs=True, always_call=True)
         for index, layer in enumerate(blocks):
             blocks[index] = PassThrough(layer) if index else first
-        layout.model.set_submodule(layout.blocks_path, BlockList(blocks))
-        load_weights(layout.model, source, dtype=dtype, device=device)
+        model.set_submodule(layout.blocks_path, BlockList(blocks))
+        with _heads_filled(model, source, device, seed):
+            load_weights(model, source, dtype=dtype, device=device)
         _check_blocks_see_no_tokens(layout.decoder, first, device)
         # One token through SmolLM2's head: 5.7 ms instead of 9.2. With it go tied embeddings: 8 us instead of 5.
-        head = layout.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        pack_layer(head)
-        share_head(head)
-        if source.generation_config is not None:
-            layout.model.generation_config = source.generation_config
-        # Some configs say False, and would send the whole text each time.
-        layout.model.generation_config.use_cache = True
-        return layout.model
+        output_embeddings = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if output_embeddings is not None:
+            pack_layer(output_embeddings)
+            share_head(output_embeddings)
+        if head is Head.CAUSAL_LM:
+            if source.generation_config is not None:
+                model.generation_config = source.generation_config
+            # Some configs say False, and would send the whole text each time.
+            model.generation_config.use_cache = True
+        return model
+
+
+def blocks_of(model: "PreTrainedModel") -> SwarmBlocks:
+    """The module that stands for the blocks in what `load_client_model` gave."""
+    return next(module for module in model.modules() if isinstance(module, SwarmBlocks))
+
+
+def head_names(model: "PreTrainedModel") -> list[str]:
+    """The model's modules that follow its base model and are not there for generating: `["score"]` of a classifier."""
+    if model.can_generate() or not hasattr(model, model.base_model_prefix):
+        return []
+    return [name for name, _ in model.named_children() if name != model.base_model_prefix]
+
+
+def _with_labels(config: "PretrainedConfig", num_labels: int | None) -> "PretrainedConfig":
+    if num_labels is None:
+        return config
+    changed = copy.deepcopy(config)
+    changed.get_text_config(decoder=True).num_labels = num_labels
+    return changed
+
+
+@contextmanager
+def _heads_filled(model: "PreTrainedModel", source: WeightSource, device: torch.device, seed: int) -> Iterator[None]:
+    """Keeps heads that the checkpoint does not have out of the model while it is loaded, and then puts them in as
+    transformers draws them. In the end all heads are in float32, and take what they are given into it.
+    """
+    names = head_names(model)
+    absent = {
+        name: model.get_submodule(name)
+        for name in names
+        if not any(key.startswith(f"{name}.") for key in source.tensor_names)
+    }
+    for name in absent:
+        model.set_submodule(name, nn.Identity())
+    yield
+    generator = torch.Generator().manual_seed(seed)
+    for name, head in absent.items():
+        _draw(head.to_empty(device="cpu"), getattr(model.config, "initializer_range", HEAD_DEVIATION), generator)
+        model.set_submodule(name, head.to(device).requires_grad_(False))
+    for name in names:
+        model.get_submodule(name).float().register_forward_pre_hook(_in_float32)
+
+
+@torch.no_grad()
+def _draw(head: nn.Module, deviation: float, generator: torch.Generator) -> None:
+    for parameter in head.parameters():
+        if parameter.ndim == 1:
+            parameter.zero_()
+        else:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+
+
+def _in_float32(head: nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(states.float() for states in arguments)

@@ -14,6 +14,7 @@ from p2pswarm.core.ids import ModelId
 from p2pswarm.core.span import Span
 from p2pswarm.wire.codecs import decode_tensor
 from p2pswarm.wire.messages import OpenSession, Step, WireTensor
+from p2pswarm.wire.tuning import WireTuning
 
 
 def check_model(wanted: ModelId, served: ModelId) -> None:
@@ -34,6 +35,11 @@ def check_adapter(wanted: str | None, served: Sequence[str]) -> None:
     if wanted is not None and wanted not in served:
         has = f"the adapters {', '.join(served)}" if served else "no adapters"
         raise BadRequest(f"this server has {has}, asked was {wanted}")
+
+
+def check_no_tuning(wanted: WireTuning | None) -> None:
+    if wanted is not None:
+        raise BadRequest("this server applies no tuning that a client brings along")
 
 
 def check_open(request: OpenSession, *, max_length: int) -> None:

@@ -15,7 +15,7 @@ from p2pswarm.blocks.kv_pool import KVPool
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.core.errors import BadRequest, ServerBusy
 from p2pswarm.core.ids import ModelId, PeerId
-from p2pswarm.wire.messages import Forward, ForwardReply, InfoReply, OpenSession
+from p2pswarm.wire.messages import Backward, BackwardReply, Forward, ForwardReply, InfoReply, OpenSession
 from swarmd import checks
 from swarmd.device_thread import Device
 from swarmd.forward_pass import ForwardJob, ForwardTensors
@@ -68,6 +68,7 @@ class SpanService:
         checks.check_span(request.span, served.model.span)
         checks.check_adapter(request.adapter, served.model.adapter_ids)
         checks.check_open(request, max_length=served.max_length)
+        checks.check_no_tuning(request.tuning)
         tenant = self.memory.come(request.batch_size, request.max_length, request.first_tokens)
         try:
             await self._get_in(tenant, request)
@@ -83,6 +84,7 @@ class SpanService:
         checks.check_span(request.span, served.model.span)
         checks.check_adapter(request.adapter, served.model.adapter_ids)
         checks.check_hidden_size(request.hidden_states, served.model.hidden_size)
+        checks.check_no_tuning(request.tuning)
         num_tokens = request.hidden_states.shape[1]
         if not 1 <= num_tokens <= served.max_length:
             raise BadRequest(f"this server takes sequences of 1 to {served.max_length} tokens, got {num_tokens}")
@@ -93,6 +95,10 @@ class SpanService:
         finally:
             job.close()
         return reply
+
+    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply:
+        """Raises `BadRequest`."""
+        raise BadRequest("this server runs forward only", peer_id)
 
     async def _get_in(self, tenant: Tenant, request: OpenSession) -> None:
         """Waits for room as long as the client does."""

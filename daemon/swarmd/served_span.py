@@ -15,7 +15,7 @@ from p2pswarm.core.server_load import ServerLoad
 from p2pswarm.core.span import Span
 from p2pswarm.dht.node import DhtNode
 from p2pswarm.rpc.service import RpcService, SessionService
-from p2pswarm.wire.messages import Forward, ForwardReply, InfoReply, OpenSession
+from p2pswarm.wire.messages import Backward, BackwardReply, Forward, ForwardReply, InfoReply, OpenSession
 from swarmd.engine_statistics import EngineStatistics
 from swarmd.figures import AtSpeed, Figures, Room, Waiting
 from swarmd.presence import Presence
@@ -87,6 +87,9 @@ class CurrentSpan:
 
     async def forward(self, peer_id: PeerId, request: Forward) -> ForwardReply:
         return await self._service(request.model_id, request.span).forward(peer_id, request)
+
+    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply:
+        return await self._service(request.model_id, request.span).backward(peer_id, request)
 
     def _service(self, model_id: ModelId, span: Span) -> RpcService:
         """Raises `ServerBusy` for a client whose picture of us is old: it is not wrong, and looks again then."""

@@ -20,6 +20,10 @@ from p2pswarm.rpc.speed_tests import meaningless
 from p2pswarm.rpc.stream_pool import StreamPool
 from p2pswarm.wire.framed_stream import FramedStream
 from p2pswarm.wire.messages import (
+    MIN_PROTOCOL_VERSION,
+    TUNING_VERSION,
+    Backward,
+    BackwardReply,
     ErrorReply,
     Forward,
     ForwardReply,
@@ -33,8 +37,10 @@ from p2pswarm.wire.messages import (
     SpeedTest,
     SpeedTestReply,
 )
+from p2pswarm.wire.tensors import Codec, WireTensor
+from p2pswarm.wire.tuning import same_parts
 
-Reply = TypeVar("Reply", InfoReply, ForwardReply, PushReply, SessionOpened, SpeedTestReply)
+Reply = TypeVar("Reply", InfoReply, ForwardReply, BackwardReply, PushReply, SessionOpened, SpeedTestReply)
 
 
 class RpcClient:
@@ -65,13 +71,17 @@ class RpcClient:
         """
         framed, reply = await self._call(peer_id, request, ForwardReply, timeout_s)
         self._pool.put(framed)
-        got, sent = reply.hidden_states, request.hidden_states
-        if (got.shape, got.dtype, got.codec) != (sent.shape, sent.dtype, request.codec):
-            raise BadAnswer(
-                f"{peer_id} answered {got.dtype} of shape {list(got.shape)} by codec {got.codec.value}, wanted "
-                f"{sent.dtype} of shape {list(sent.shape)} by codec {request.codec.value}",
-                peer_id,
-            )
+        _check_like(reply.hidden_states, request.hidden_states, request.codec, peer_id)
+        return reply
+
+    async def backward(self, peer_id: PeerId, request: Backward, timeout_s: float) -> BackwardReply:
+        """The gradients of the batch, and of each part of its tuning, in their shapes and dtypes; those of the batch by
+        the codec asked for. Raises as `forward` does."""
+        framed, reply = await self._call(peer_id, request, BackwardReply, timeout_s)
+        self._pool.put(framed)
+        _check_like(reply.grad_inputs, request.hidden_states, request.codec, peer_id)
+        if not same_parts(reply.grad_tuning, request.tuning):
+            raise BadAnswer(f"{peer_id} answered gradients of other parts than the tuning has, or shapes", peer_id)
         return reply
 
     async def push(self, peer_id: PeerId, push: Push, timeout_s: float) -> None:
@@ -121,6 +131,13 @@ class RpcClient:
 async def _ask(framed: FramedStream, request: Message, reply_type: type[Reply]) -> Reply:
     """The answer that was asked for; the stream is reset after anything else."""
     answer = await exchange(framed, request)
+    if framed.version < _version_needed(request):
+        framed.reset()
+        raise BadAnswer(
+            f"{framed.peer_id} speaks protocol versions up to {framed.version} and cannot train or apply what a client "
+            f"brings along, which takes {TUNING_VERSION}: use another server, or update that one",
+            framed.peer_id,
+        )
     if isinstance(answer, reply_type):
         return answer
     framed.reset()
@@ -129,3 +146,24 @@ async def _ask(framed: FramedStream, request: Message, reply_type: type[Reply]) 
     raise ProtocolViolation(
         f"{framed.peer_id} answered {type(request).__name__} by {type(answer).__name__}", framed.peer_id
     )
+
+
+def _version_needed(request: Message) -> int:
+    """The first protocol version that understands the request. Older servers would pass a tuning over in silence."""
+    match request:
+        case Backward():
+            return TUNING_VERSION
+        case Forward() | OpenSession() if request.tuning is not None:
+            return TUNING_VERSION
+        case _:
+            return MIN_PROTOCOL_VERSION
+
+
+def _check_like(got: WireTensor, sent: WireTensor, codec: Codec, peer_id: PeerId) -> None:
+    """Raises `BadAnswer` where the answer's tensor is not as the one that was sent, by the codec asked for."""
+    if (got.shape, got.dtype, got.codec) != (sent.shape, sent.dtype, codec):
+        raise BadAnswer(
+            f"{peer_id} answered {got.dtype} of shape {list(got.shape)} by codec {got.codec.value}, wanted "
+            f"{sent.dtype} of shape {list(sent.shape)} by codec {codec.value}",
+            peer_id,
+        )

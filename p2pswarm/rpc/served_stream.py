@@ -26,6 +26,7 @@ from p2pswarm.rpc.speed_tests import SpeedTestGrants
 from p2pswarm.rpc.usage import Usage
 from p2pswarm.wire.framed_stream import FramedStream
 from p2pswarm.wire.messages import (
+    Backward,
     ErrorCode,
     ErrorReply,
     Forward,
@@ -138,6 +139,9 @@ class ServedStream:
             case Forward():
                 self._check_not_draining()
                 return await self._served.service.forward(self._peer_id, message)
+            case Backward():
+                self._check_not_draining()
+                return await self._served.service.backward(self._peer_id, message)
             case Push():
                 return await self._served.pushes.deliver(message, self._peer_id)
             case SpeedTest():

@@ -9,7 +9,16 @@ hears no details, and a session is over.
 from typing import Protocol
 
 from p2pswarm.core.ids import PeerId
-from p2pswarm.wire.messages import Forward, ForwardReply, InfoReply, OpenSession, Step, StepReply
+from p2pswarm.wire.messages import (
+    Backward,
+    BackwardReply,
+    Forward,
+    ForwardReply,
+    InfoReply,
+    OpenSession,
+    Step,
+    StepReply,
+)
 
 
 class SessionService(Protocol):
@@ -32,3 +41,5 @@ class RpcService(Protocol):
     async def open_session(self, peer_id: PeerId, request: OpenSession) -> SessionService: ...
 
     async def forward(self, peer_id: PeerId, request: Forward) -> ForwardReply: ...
+
+    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply: ...

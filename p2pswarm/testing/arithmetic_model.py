@@ -2,7 +2,10 @@
 
 What a block makes of a token depends on the block, on every token of the row before it that is not padding, and on the
 token's position id. A token lost, doubled, out of order or in a foreign row therefore shows in every answer after it,
-whatever spans the blocks are cut into. `run_blocks` is the truth; `ArithmeticService` serves a span of it.
+whatever spans the blocks are cut into. So it is with the way back: what a block makes of a gradient depends on the
+block, on the gradients of every token after it, and on what entered the block on the way there. (That is no derivative,
+but it is wrong wherever a derivative would be.) Prompts of a tuning are whole numbers; there are no layers to tune.
+`run_blocks` and `run_blocks_back` are the truth; `ArithmeticService` serves a span of it.
 """
 
 from dataclasses import dataclass
@@ -15,7 +18,18 @@ from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.wire.codecs import decode_tensor, encode_tensor, is_finite
-from p2pswarm.wire.messages import Forward, ForwardReply, InfoReply, OpenSession, Step, StepReply, WireTensor
+from p2pswarm.wire.messages import (
+    Backward,
+    BackwardReply,
+    Forward,
+    ForwardReply,
+    InfoReply,
+    OpenSession,
+    Step,
+    StepReply,
+    WireTensor,
+)
+from p2pswarm.wire.tuning import WireTuning
 
 ARITHMETIC_MODEL = ModelId("arithmetic@0123456789abcdef")
 HIDDEN_SIZE = 1
@@ -66,13 +80,44 @@ class Tokens:
         )
 
 
-def run_blocks(blocks: Span, tokens: Tokens) -> torch.Tensor:
-    """The hidden states, float32 [batch, tokens, 1], that the blocks make of whole rows."""
-    values = tokens.values
+def run_blocks(blocks: Span, tokens: Tokens, prompts: torch.Tensor | None = None) -> torch.Tensor:
+    """The hidden states, float32 [batch, tokens, 1], that the blocks make of whole rows.
+
+    `prompts`: [blocks, prompt tokens, 1], for the first tokens of the rows where they enter each block.
+    """
+    *_, values = _values_on_the_way(blocks, tokens, prompts)
+    return values.to(torch.float32)[:, :, None]
+
+
+def run_blocks_back(
+    blocks: Span, tokens: Tokens, grad_outputs: torch.Tensor, prompts: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What goes back through the blocks: to the inputs, float32 [batch, tokens, 1], and to `prompts`, in their shape,
+    over all rows."""
+    entered = _values_on_the_way(blocks, tokens, prompts)
+    gradients = grad_outputs[:, :, 0].to(torch.int64)
+    grad_prompts = None if prompts is None else torch.zeros_like(prompts, dtype=torch.float32)
+    for block_index in range(blocks.end - 1, blocks.start - 1, -1):
+        later = gradients.flip(1).cumsum(dim=1).flip(1)
+        values = entered[block_index - blocks.start]
+        gradients = ((block_index + 2) * gradients + later * tokens.counts + values) % MODULUS
+        if grad_prompts is not None:
+            num_prompted = min(grad_prompts.shape[1], tokens.length)
+            grad_prompts[block_index - blocks.start, :num_prompted, 0] = gradients[:, :num_prompted].sum(dim=0)
+    return gradients.to(torch.float32)[:, :, None], grad_prompts
+
+
+def _values_on_the_way(blocks: Span, tokens: Tokens, prompts: torch.Tensor | None) -> list[torch.Tensor]:
+    """What each block computes with, prompts added, and in the end what leaves the last one; int64 [batch, tokens]."""
+    values, entered = tokens.values, []
     for block_index in range(blocks.start, blocks.end):
+        if prompts is not None:
+            prompt = prompts[block_index - blocks.start, : tokens.length, 0].to(torch.int64)
+            values = torch.cat([values[:, : len(prompt)] + prompt, values[:, len(prompt) :]], dim=1) % MODULUS
+        entered.append(values)
         seen = (values * tokens.counts).cumsum(dim=1)
         values = ((block_index + 2) * values + seen + tokens.position_ids) % MODULUS
-    return values.to(torch.float32)[:, :, None]
+    return [*entered, values]
 
 
 class ArithmeticService:
@@ -83,9 +128,9 @@ class ArithmeticService:
         self.num_opened = 0
         self.num_closed = 0
         self.num_tokens_run = 0
-        """Over all rows and sessions, those of replays and of forward passes too."""
+        """Over all rows and sessions, those of replays and of passes without a session too."""
         self.delay_s = delay_s
-        """How long each step and forward pass takes."""
+        """How long each step, forward or backward pass takes."""
         self._max_sessions = max_sessions
 
     async def info(self, peer_id: PeerId) -> InfoReply:
@@ -93,19 +138,26 @@ class ArithmeticService:
 
     async def open_session(self, peer_id: PeerId, request: OpenSession) -> "ArithmeticSession":
         self._check(request.model_id, request.span)
+        prompts = read_prompts(request.tuning)
         if self.num_opened - self.num_closed >= self._max_sessions:
             raise ServerBusy(f"no room for more than {self._max_sessions} sessions")
         self.num_opened += 1
-        return ArithmeticSession(self, request)
+        return ArithmeticSession(self, request, prompts)
 
     async def forward(self, peer_id: PeerId, request: Forward) -> ForwardReply:
         self._check(request.model_id, request.span)
-        hidden_states = read_hidden_states(request.hidden_states)
-        tokens = Tokens.none(hidden_states.shape[0]).followed_by(
-            hidden_states, _decoded(request.attention_mask), _decoded(request.position_ids)
-        )
+        tokens, prompts = _read_tokens(request), read_prompts(request.tuning)
         await self.work(tokens.values.numel())
-        return ForwardReply(encode_tensor(run_blocks(request.span, tokens), request.codec))
+        return ForwardReply(encode_tensor(run_blocks(request.span, tokens, prompts), request.codec))
+
+    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply:
+        self._check(request.model_id, request.span)
+        tokens, prompts = _read_tokens(request), read_prompts(request.tuning)
+        grad_outputs = read_hidden_states(request.grad_outputs)
+        await self.work(tokens.values.numel())
+        gradients, of_prompts = run_blocks_back(request.span, tokens, grad_outputs, prompts)
+        grad_tuning = None if of_prompts is None else WireTuning(encode_tensor(of_prompts))
+        return BackwardReply(encode_tensor(gradients, request.codec), grad_tuning)
 
     async def work(self, num_tokens: int) -> None:
         """Takes the time that computing would."""
@@ -122,9 +174,10 @@ class ArithmeticService:
 class ArithmeticSession:
     """The tokens of one session so far."""
 
-    def __init__(self, service: ArithmeticService, request: OpenSession) -> None:
+    def __init__(self, service: ArithmeticService, request: OpenSession, prompts: torch.Tensor | None) -> None:
         self._service = service
         self._request = request
+        self._prompts = prompts
         self._tokens = Tokens.none(request.batch_size)
         self._is_closed = False
 
@@ -146,7 +199,7 @@ class ArithmeticSession:
         if beam_indices is not None:
             kept = kept.reordered(beam_indices)
         self._tokens = kept.followed_by(new, _decoded(step.attention_mask), position_ids)
-        answer = run_blocks(self._request.span, self._tokens)[:, step.position :]
+        answer = run_blocks(self._request.span, self._tokens, self._prompts)[:, step.position :]
         return StepReply(step.step_id, self._tokens.length, encode_tensor(answer, self._request.codec))
 
     async def close(self) -> None:
@@ -180,6 +233,22 @@ def read_hidden_states(wire: WireTensor) -> torch.Tensor:
     if hidden_states.shape[2] != HIDDEN_SIZE or not is_finite(hidden_states):
         raise BadRequest(f"wanted finite numbers of hidden size {HIDDEN_SIZE}, got shape {list(wire.shape)}")
     return hidden_states
+
+
+def read_prompts(tuning: WireTuning | None) -> torch.Tensor | None:
+    """[blocks, prompt tokens, 1]. Raises `BadRequest` for a tuning with layers."""
+    if tuning is None:
+        return None
+    if tuning.prompts is None or tuning.layers:
+        raise BadRequest("the arithmetic model has no layers to tune, only prompts")
+    return read_hidden_states(tuning.prompts)
+
+
+def _read_tokens(request: Forward | Backward) -> Tokens:
+    hidden_states = read_hidden_states(request.hidden_states)
+    return Tokens.none(hidden_states.shape[0]).followed_by(
+        hidden_states, _decoded(request.attention_mask), _decoded(request.position_ids)
+    )
 
 
 def _decoded(wire: WireTensor | None) -> torch.Tensor | None:

@@ -14,6 +14,8 @@ from p2pswarm.core.ids import PeerId
 from p2pswarm.rpc.service import RpcService, SessionService
 from p2pswarm.wire.frames import num_bytes
 from p2pswarm.wire.messages import (
+    Backward,
+    BackwardReply,
     Forward,
     ForwardReply,
     InfoReply,
@@ -69,6 +71,11 @@ class FaultyService:
         await self.show_before()
         reply = await self.service.forward(peer_id, request)
         return replace(reply, hidden_states=self.spoiled(reply.hidden_states))
+
+    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply:
+        await self.show_before()
+        reply = await self.service.backward(peer_id, request)
+        return replace(reply, grad_inputs=self.spoiled(reply.grad_inputs))
 
     async def show_before(self) -> None:
         """The faults of a server that does not get as far as an answer."""

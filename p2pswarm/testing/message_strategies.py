@@ -14,6 +14,8 @@ from p2pswarm.wire.messages import (
     MAX_LENGTH,
     MAX_SPEED_TEST_BYTES,
     MAX_STEP_ID,
+    Backward,
+    BackwardReply,
     Codec,
     ErrorCode,
     ErrorReply,
@@ -35,12 +37,15 @@ from p2pswarm.wire.messages import (
     WireTensor,
     encoded_num_bytes,
 )
+from p2pswarm.wire.tuning import TunedLayer, WireTuning
 
 _IDENTIFIERS = st.text("abcXYZ019-_.@/", min_size=1, max_size=20)
 _NUMBERS = st.floats(0, 1e12)
 _TEXTS = st.text("abc é漢🙂", max_size=20)
 _STEP_IDS = st.integers(0, MAX_STEP_ID)
 _POSITIONS = st.integers(0, MAX_LENGTH)
+_SIZES = st.integers(1, 3)
+_PATHS = st.sampled_from(["self_attn.q_proj", "self_attn.v_proj", "mlp.down_proj", "attn.c_attn", "mlp.experts.7.w1"])
 
 
 def spans(max_block: int = 100) -> st.SearchStrategy[Span]:
@@ -133,17 +138,52 @@ def pushed_steps() -> st.SearchStrategy[PushedStep]:
 
 
 @st.composite
+def tunings(draw: st.DrawFn, span: Span, hidden_size: int) -> WireTuning:
+    """Deep prompts, low-rank pairs, or both, for the blocks of a span."""
+    dtype = draw(st.sampled_from(sorted(FLOAT_DTYPES)))
+    keys = draw(st.sets(st.tuples(st.integers(span.start, span.end - 1), _PATHS), max_size=3))
+    with_prompts = not keys or draw(st.booleans())
+    prompts = wire_tensors((span.num_blocks, draw(_SIZES), hidden_size), dtype)
+    layers = []
+    for block, path in sorted(keys):
+        rank, num_inputs, num_outputs = draw(st.tuples(_SIZES, _SIZES, _SIZES))
+        down, up = draw(wire_tensors((rank, num_inputs), dtype)), draw(wire_tensors((num_outputs, rank), dtype))
+        layers.append(TunedLayer(block, path, down, up))
+    return WireTuning(draw(prompts) if with_prompts else None, tuple(layers))
+
+
+@st.composite
 def forwards(draw: st.DrawFn) -> Forward:
-    """Forward requests with and without masks and positions."""
+    """Forward requests with and without masks, positions and tunings."""
     shape = _draw_shape(draw)
+    span = draw(spans(10))
     return Forward(
         ModelId(draw(_IDENTIFIERS)),
-        draw(spans()),
+        span,
         hidden_states=draw(wire_tensors(shape)),
         attention_mask=draw(st.none() | wire_tensors(shape[:2], "bool")),
         position_ids=draw(st.none() | wire_tensors(shape[:2], "int64")),
         codec=draw(st.sampled_from(Codec)),
         adapter=draw(st.none() | _IDENTIFIERS),
+        tuning=draw(st.none() | tunings(span, shape[2])),
+    )
+
+
+@st.composite
+def backwards(draw: st.DrawFn) -> Backward:
+    """Backward requests: forward ones with the gradients of their answers."""
+    forward = draw(forwards())
+    gradients = wire_tensors(forward.hidden_states.shape).filter(lambda grad: grad.dtype == forward.hidden_states.dtype)
+    return Backward(
+        forward.model_id,
+        forward.span,
+        forward.hidden_states,
+        draw(gradients),
+        forward.attention_mask,
+        forward.position_ids,
+        forward.codec,
+        forward.adapter,
+        forward.tuning,
     )
 
 
@@ -152,9 +192,27 @@ def speed_test_data() -> st.SearchStrategy[WireTensor]:
     return st.integers(0, 100).flatmap(lambda size: wire_tensors((size,), "bool"))
 
 
+def open_sessions(span: Span) -> st.SearchStrategy[OpenSession]:
+    """Requests for sessions over the span, with and without tunings."""
+    return st.builds(
+        OpenSession,
+        _IDENTIFIERS.map(SessionId),
+        _IDENTIFIERS.map(ModelId),
+        st.just(span),
+        st.integers(100, MAX_LENGTH),
+        st.integers(1, 1000),
+        st.sampled_from(Codec),
+        st.none() | _IDENTIFIERS,
+        st.floats(0, MAX_ALLOC_TIMEOUT_S),
+        st.integers(0, 100),
+        st.none() | tunings(span, 2),
+    )
+
+
 def messages() -> st.SearchStrategy[Message]:
     """Every type of message."""
-    answers = st.builds(tuple, st.tuples(st.integers(1, 2), st.integers(0, 3), st.integers(1, 4))).flatmap(wire_tensors)
+    shapes = st.tuples(st.integers(1, 2), st.integers(0, 3), st.integers(1, 4))
+    answers = shapes.flatmap(wire_tensors)
     return st.one_of(
         st.builds(ErrorReply, st.sampled_from(ErrorCode), _TEXTS, st.none() | _STEP_IDS),
         st.just(InfoRequest()),
@@ -165,18 +223,7 @@ def messages() -> st.SearchStrategy[Message]:
             st.dictionaries(_IDENTIFIERS.map(PeerId), st.lists(_IDENTIFIERS, max_size=3).map(tuple), max_size=3),
             st.none() | server_loads(),
         ),
-        st.builds(
-            OpenSession,
-            _IDENTIFIERS.map(SessionId),
-            _IDENTIFIERS.map(ModelId),
-            spans(),
-            st.integers(100, MAX_LENGTH),
-            st.integers(1, 1000),
-            st.sampled_from(Codec),
-            st.none() | _IDENTIFIERS,
-            st.floats(0, MAX_ALLOC_TIMEOUT_S),
-            st.integers(0, 100),
-        ),
+        spans(10).flatmap(open_sessions),
         st.builds(SessionOpened, _IDENTIFIERS.map(SessionId)),
         steps(),
         pushed_steps(),
@@ -185,6 +232,8 @@ def messages() -> st.SearchStrategy[Message]:
         st.just(PushReply()),
         forwards(),
         st.builds(ForwardReply, answers),
+        backwards(),
+        st.builds(BackwardReply, answers, st.none() | spans(10).flatmap(lambda span: tunings(span, 2))),
         st.builds(SpeedTest, speed_test_data(), st.integers(0, MAX_SPEED_TEST_BYTES)),
         st.builds(SpeedTestReply, speed_test_data()),
     )

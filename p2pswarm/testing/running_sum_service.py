@@ -1,7 +1,8 @@
 """`RunningSumService`: a server without a model, whose answers still depend on every token of a session's past.
 
 A token's answer is the sum of all tokens of its row up to itself, so that a lost, doubled or foreign token shows in
-every answer after it, and going back to a position must be exact. No torch.
+every answer after it, and going back to a position must be exact. The prompts of a tuning, those of all blocks, are
+added to the first tokens; there are no layers to tune. No torch.
 """
 
 import math
@@ -14,7 +15,19 @@ from p2pswarm.core.errors import BadRequest, ServerBusy
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
-from p2pswarm.wire.messages import Codec, Forward, ForwardReply, InfoReply, OpenSession, Step, StepReply, WireTensor
+from p2pswarm.wire.messages import (
+    Backward,
+    BackwardReply,
+    Codec,
+    Forward,
+    ForwardReply,
+    InfoReply,
+    OpenSession,
+    Step,
+    StepReply,
+    WireTensor,
+)
+from p2pswarm.wire.tuning import WireTuning
 
 SUM_MODEL = ModelId("running-sum@0123456789abcdef")
 SUM_SPAN = Span(0, 4)
@@ -41,6 +54,7 @@ class RunningSumService:
     async def open_session(self, peer_id: PeerId, request: OpenSession) -> "RunningSumSession":
         await trio.sleep(self.delay_s)
         self._check_model(request.model_id, request.span)
+        read_prompts(request.tuning)
         if request.max_length > self._max_length:
             raise BadRequest(f"sessions have at most {self._max_length} tokens, got {request.max_length}")
         if self.num_opened - self.num_closed >= self._max_sessions:
@@ -50,9 +64,21 @@ class RunningSumService:
 
     async def forward(self, peer_id: PeerId, request: Forward) -> ForwardReply:
         self._check_model(request.model_id, request.span)
-        rows = read_rows(request.hidden_states)
+        prompts = read_prompts(request.tuning)
+        rows = [_prompted(row, prompts) for row in read_rows(request.hidden_states)]
         await self.work()
         return ForwardReply(wire_rows([_sums(row) for row in rows]))
+
+    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply:
+        self._check_model(request.model_id, request.span)
+        prompts = read_prompts(request.tuning)
+        gradients = [_sums(row[::-1])[::-1] for row in read_rows(request.grad_outputs)]
+        await self.work()
+        if request.tuning is None:
+            return BackwardReply(wire_rows(gradients))
+        of_prompt = [sum(row[position] for row in gradients if position < len(row)) for position in range(len(prompts))]
+        grad_prompts = wire_rows([of_prompt] * request.span.num_blocks)
+        return BackwardReply(wire_rows(gradients), WireTuning(grad_prompts))
 
     async def work(self) -> None:
         """Takes the time that computing would."""
@@ -75,6 +101,7 @@ class RunningSumSession:
     def __init__(self, service: RunningSumService, request: OpenSession) -> None:
         self._service = service
         self._request = request
+        self._prompts = read_prompts(request.tuning)
         self._rows: list[Row] = [[] for _ in range(request.batch_size)]
         self._is_closed = False
 
@@ -90,7 +117,7 @@ class RunningSumSession:
             raise BadRequest("the hidden states hold values that are not finite")
         await self._service.work()
         self._rows = [row[: step.position] + new for row, new in zip(self._rows, new_rows, strict=True)]
-        answer = wire_rows([_sums(row)[step.position :] for row in self._rows])
+        answer = wire_rows([_sums(_prompted(row, self._prompts))[step.position :] for row in self._rows])
         return StepReply(step.step_id, step.position + step.num_tokens, answer)
 
     async def close(self) -> None:
@@ -117,6 +144,19 @@ def read_rows(tensor: WireTensor) -> list[Row]:
         raise BadRequest(f"wanted float32 of hidden size 1, got {tensor.dtype} of hidden size {hidden_size}")
     values = struct.unpack(f"<{batch_size * num_tokens}f", tensor.data)
     return [list(values[row * num_tokens : (row + 1) * num_tokens]) for row in range(batch_size)]
+
+
+def read_prompts(tuning: WireTuning | None) -> Row:
+    """What is added to the first tokens. Raises `BadRequest` for a tuning with layers."""
+    if tuning is None:
+        return []
+    if tuning.prompts is None or tuning.layers:
+        raise BadRequest("running sums have no layers to tune, only prompts")
+    return [sum(of_blocks) for of_blocks in zip(*read_rows(tuning.prompts), strict=True)]
+
+
+def _prompted(row: Row, prompts: Row) -> Row:
+    return [value + prompt for value, prompt in zip(row, prompts, strict=False)] + row[len(prompts) :]
 
 
 def _sums(row: Row) -> Row:

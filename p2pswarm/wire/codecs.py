@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from p2pswarm.core.errors import CodecError
-from p2pswarm.wire.messages import INT8_BLOCK, ITEM_BYTES, SCALE_BYTES, Codec, WireTensor, num_int8_blocks
+from p2pswarm.wire.tensors import INT8_BLOCK, ITEM_BYTES, SCALE_BYTES, Codec, WireTensor, num_int8_blocks
 
 _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ITEM_BYTES}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}

@@ -1,13 +1,12 @@
 """Every message two nodes exchange over an RPC stream: one frozen dataclass each, checked where it is made.
 
 Knows nothing of bytes (`wire/frames.py`, `wire/serialization.py`) nor of torch (`wire/codecs.py`): a tensor here is a
-`WireTensor`, a dtype, a shape and a buffer. A stream carries either unary calls, one answer per request in order, or,
-after an `OpenSession`, the steps of one session. What cannot be right whoever sent it raises `ConfigError` here
-(reading a peer's bytes turns it into `MalformedMessage`); what depends on the model or the session is for the server
-to refuse.
+`WireTensor` (`wire/tensors.py`), and what a client brings along to the blocks it uses a `WireTuning`
+(`wire/tuning.py`). A stream carries either unary calls, one answer per request in order, or, after an `OpenSession`,
+the steps of one session. What cannot be right whoever sent it raises `ConfigError` here (reading a peer's bytes turns
+it into `MalformedMessage`); what depends on the model or the session is for the server to refuse.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,23 +17,22 @@ from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.core.server_load import ServerLoad
 from p2pswarm.core.span import Span
 from p2pswarm.wire.fields import MAX_TEXT_CHARACTERS, is_identifier
-from p2pswarm.wire.frames import Buffer, num_bytes
+from p2pswarm.wire.frames import DEFAULT_LIMITS
+from p2pswarm.wire.tensors import FLOAT_DTYPES as FLOAT_DTYPES
+from p2pswarm.wire.tensors import ITEM_BYTES as ITEM_BYTES
+from p2pswarm.wire.tensors import Codec as Codec
+from p2pswarm.wire.tensors import WireTensor as WireTensor
+from p2pswarm.wire.tensors import encoded_num_bytes as encoded_num_bytes
+from p2pswarm.wire.tuning import WireTuning
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Goes up when messages or fields are added; what breaks older nodes gets a new protocol id instead."""
 MIN_PROTOCOL_VERSION = 1
 """The oldest version this node still talks to."""
 PUSH_VERSION = 2
 """The first version whose servers push, and take what others push."""
-
-ITEM_BYTES: Mapping[str, int] = {"float32": 4, "float16": 2, "bfloat16": 2, "int64": 8, "bool": 1}
-"""The dtypes that travel, and the bytes of one element."""
-FLOAT_DTYPES = frozenset({"float32", "float16", "bfloat16"})
-
-INT8_BLOCK = 64
-"""Elements that share one scale: 6 % of extra bytes; the error follows the largest of 64 neighbours, not of the whole
-row."""
-SCALE_BYTES = 4
+TUNING_VERSION = 4
+"""The first version whose servers answer `Backward` and apply what a client brings along. Older ones pass it over."""
 
 MAX_BATCH_SIZE = 1 << 16
 MAX_LENGTH = 1 << 24
@@ -44,58 +42,10 @@ MAX_ALLOC_TIMEOUT_S = 3600.0
 MAX_STEP_ID = (1 << 63) - 1
 MAX_SPEED_TEST_BYTES = 2 << 20
 """In each direction: a sixth of a second at 100 Mbit/s."""
+MAX_BODY_BYTES = DEFAULT_LIMITS.max_frame_bytes - DEFAULT_LIMITS.max_header_bytes
+"""Tensors of one message together, so that its frame is taken whatever its header says."""
 MAX_NEXT_HOP_ADDRESSES = 8
 MAX_NEXT_HOP_ADDRESS_CHARACTERS = 256
-
-
-class Codec(Enum):
-    """How a float tensor is written. `NONE` keeps every bit; the others are chosen by the client, never silently."""
-
-    NONE = "none"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
-    BLOCKWISE_INT8 = "blockwise_int8"
-
-
-@dataclass(frozen=True, slots=True)
-class WireTensor:
-    """A tensor as it travels: raw little-endian bytes in row-major order."""
-
-    dtype: str
-    """Of the decoded tensor: `float32 float16 bfloat16 int64 bool`."""
-    shape: tuple[int, ...]
-    data: Buffer
-    codec: Codec = Codec.NONE
-
-    def __post_init__(self) -> None:
-        wanted_bytes = encoded_num_bytes(self.dtype, self.shape, self.codec)
-        if num_bytes(self.data) != wanted_bytes:
-            raise ConfigError(
-                f"a {self.dtype} tensor of shape {list(self.shape)} takes {wanted_bytes} bytes with codec "
-                f"{self.codec.value}, got {num_bytes(self.data)}"
-            )
-
-
-def encoded_num_bytes(dtype: str, shape: tuple[int, ...], codec: Codec) -> int:
-    """How many bytes such a tensor takes on the wire."""
-    if dtype not in ITEM_BYTES:
-        raise ConfigError(f"tensors are {', '.join(ITEM_BYTES)}, not {dtype[:32]}")
-    if min(shape, default=0) < 0:
-        raise ConfigError(f"a shape has no negative sizes, got {list(shape)}")
-    num_elements = math.prod(shape)
-    if codec is Codec.NONE:
-        return num_elements * ITEM_BYTES[dtype]
-    if dtype not in FLOAT_DTYPES:
-        raise ConfigError(f"codec {codec.value} is for float tensors, not {dtype}")
-    if codec is Codec.BLOCKWISE_INT8:
-        return num_elements + SCALE_BYTES * num_int8_blocks(shape)
-    return num_elements * 2
-
-
-def num_int8_blocks(shape: tuple[int, ...]) -> int:
-    """Blocks never cross a row (the last dimension), so that what a row becomes does not depend on its neighbours."""
-    row_length = shape[-1] if shape else 1
-    return math.prod(shape[:-1]) * -(-row_length // INT8_BLOCK)
 
 
 class ErrorCode(Enum):
@@ -164,6 +114,8 @@ class OpenSession:
     """How long the client waits for room where there is none at once."""
     first_tokens: int = 0
     """Tokens per sequence that come at once, a prompt or a replay: there has to be room for these."""
+    tuning: WireTuning | None = None
+    """All steps run through it; its prompts are for the positions 0, 1, ..."""
 
     def __post_init__(self) -> None:
         _check_identifier(self.session_id, "session_id")
@@ -177,6 +129,8 @@ class OpenSession:
             )
         if self.adapter is not None:
             _check_identifier(self.adapter, "adapter")
+        if self.tuning is not None:
+            self.tuning.check_fits(self.span)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,16 +281,12 @@ class Forward:
     position_ids: WireTensor | None = None
     """int64 [batch, tokens]"""
     codec: Codec = Codec.NONE
+    """For the hidden states of the answer."""
     adapter: str | None = None
+    tuning: WireTuning | None = None
 
     def __post_init__(self) -> None:
-        _check_identifier(self.model_id, "model_id")
-        if self.adapter is not None:
-            _check_identifier(self.adapter, "adapter")
-        _check_hidden_states(self.hidden_states)
-        batch_size, num_tokens, _ = self.hidden_states.shape
-        _check_tensor(self.attention_mask, "attention_mask", "bool", (batch_size, num_tokens))
-        _check_tensor(self.position_ids, "position_ids", "int64", (batch_size, num_tokens))
+        _check_batch(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -345,6 +295,46 @@ class ForwardReply:
 
     def __post_init__(self) -> None:
         _check_hidden_states(self.hidden_states)
+
+
+@dataclass(frozen=True, slots=True)
+class Backward:
+    """Runs a `Forward` once more and goes back through it; the server has kept nothing of that call."""
+
+    model_id: ModelId
+    span: Span
+    hidden_states: WireTensor
+    """[batch, tokens, hidden]: those of the `Forward`, what entered the span."""
+    grad_outputs: WireTensor
+    """Shape and dtype of `hidden_states`: the loss's gradient for what the `Forward` answered."""
+    attention_mask: WireTensor | None = None
+    """bool [batch, tokens]"""
+    position_ids: WireTensor | None = None
+    """int64 [batch, tokens]"""
+    codec: Codec = Codec.NONE
+    """For the gradients of the hidden states in the answer."""
+    adapter: str | None = None
+    tuning: WireTuning | None = None
+
+    def __post_init__(self) -> None:
+        _check_batch(self)
+        given, gradients = self.hidden_states, self.grad_outputs
+        if (gradients.shape, gradients.dtype) != (given.shape, given.dtype):
+            raise ConfigError(
+                f"grad_outputs are {given.dtype} of shape {list(given.shape)}, as hidden_states, got "
+                f"{gradients.dtype} of shape {list(gradients.shape)}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardReply:
+    grad_inputs: WireTensor
+    """Shape and dtype of the request's `hidden_states`."""
+    grad_tuning: WireTuning | None = None
+    """The gradient of each part of the request's tuning; None where it had none."""
+
+    def __post_init__(self) -> None:
+        _check_hidden_states(self.grad_inputs, "grad_inputs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +372,8 @@ Message = (
     | PushReply
     | Forward
     | ForwardReply
+    | Backward
+    | BackwardReply
     | SpeedTest
     | SpeedTestReply
 )
@@ -397,11 +389,32 @@ def _check_identifier(value: str, name: str) -> None:
         raise ConfigError(f"{name} is short printable ASCII text without spaces, got {value[:64]!r}")
 
 
-def _check_hidden_states(tensor: WireTensor) -> None:
+def _check_batch(request: Forward | Backward) -> None:
+    """What both directions of a pass through a span ask for."""
+    _check_identifier(request.model_id, "model_id")
+    if request.adapter is not None:
+        _check_identifier(request.adapter, "adapter")
+    given = request.hidden_states
+    _check_hidden_states(given)
+    batch_size, num_tokens, hidden_size = given.shape
+    _check_tensor(request.attention_mask, "attention_mask", "bool", (batch_size, num_tokens))
+    _check_tensor(request.position_ids, "position_ids", "int64", (batch_size, num_tokens))
+    answer_bytes = encoded_num_bytes(given.dtype, given.shape, request.codec)
+    if request.tuning is not None:
+        request.tuning.check_fits(request.span, hidden_size)
+        if isinstance(request, Backward):
+            answer_bytes += request.tuning.num_bytes
+    if answer_bytes > MAX_BODY_BYTES:
+        raise ConfigError(
+            f"an answer has at most {MAX_BODY_BYTES} bytes of tensors, to this it would have {answer_bytes}: "
+            "send fewer rows at once"
+        )
+
+
+def _check_hidden_states(tensor: WireTensor, name: str = "hidden_states") -> None:
     if tensor.dtype not in FLOAT_DTYPES or len(tensor.shape) != 3 or 0 in (tensor.shape[0], tensor.shape[2]):
         raise ConfigError(
-            f"hidden_states are floats of shape [batch, tokens, hidden], "
-            f"got {tensor.dtype} of shape {list(tensor.shape)}"
+            f"{name} are floats of shape [batch, tokens, hidden], got {tensor.dtype} of shape {list(tensor.shape)}"
         )
 
 

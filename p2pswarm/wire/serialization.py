@@ -3,7 +3,8 @@
 A header is a map: `type`, `version` (the newest protocol version its sender speaks), the message's own fields, and
 `tensors`, a list of `[field, dtype, shape, codec, bytes]` in the order in which their bytes follow in the body.
 Fields, tensors and error codes that a reader does not know it passes over; a `type` it does not know raises
-`UnknownMessage`, which is answered, not punished. The types `backward` and `backward_reply` are kept for training.
+`UnknownMessage`, which is answered, not punished. A tuning is one entry of `tensors` and one field that says how its
+bytes are cut (`wire/tuning_fields.py`).
 
 Read `docs/protocol.md` for the same from the outside.
 """
@@ -19,12 +20,12 @@ from p2pswarm.core.ids import ModelId, PeerId, SessionId
 from p2pswarm.wire.fields import Fields
 from p2pswarm.wire.frames import DEFAULT_LIMITS, Buffer, Frame, WireLimits, encode_frame, num_bytes
 from p2pswarm.wire.messages import (
-    ITEM_BYTES,
     MAX_NEXT_HOP_ADDRESS_CHARACTERS,
     MAX_NEXT_HOP_ADDRESSES,
     MIN_PROTOCOL_VERSION,
     PROTOCOL_VERSION,
-    Codec,
+    Backward,
+    BackwardReply,
     ErrorCode,
     ErrorReply,
     Forward,
@@ -42,10 +43,12 @@ from p2pswarm.wire.messages import (
     SpeedTestReply,
     Step,
     StepReply,
-    WireTensor,
 )
 from p2pswarm.wire.server_info import MAX_ADDRESS_CHARACTERS, MAX_ADDRESSES, read_server_info, server_info_values
 from p2pswarm.wire.server_load import read_server_load, server_load_values
+from p2pswarm.wire.tensors import ITEM_BYTES, Codec, WireTensor
+from p2pswarm.wire.tuning import WireTuning
+from p2pswarm.wire.tuning_fields import read_tuning, tuning_values
 
 MAX_PEERS_TOLD = 64
 MAX_SIZE = (1 << 31) - 1
@@ -63,10 +66,13 @@ def encode_message(message: Message) -> list[Buffer]:
     buffers: list[Buffer] = []
     tensors = []
     for name in kind.tensor_names:
-        tensor = getattr(message, name)
-        if tensor is not None:
+        tensor: WireTensor | WireTuning | None = getattr(message, name)
+        if isinstance(tensor, WireTensor):
             tensors.append((name, tensor.dtype, tensor.shape, tensor.codec.value, num_bytes(tensor.data)))
             buffers.append(tensor.data)
+        elif tensor is not None:
+            tensors.append((name, tensor.dtype, (tensor.num_elements,), Codec.NONE.value, tensor.num_bytes))
+            buffers.extend(part.data for part in tensor.tensors())
     if tensors:
         header["tensors"] = tensors
     return encode_frame(header, buffers)
@@ -207,7 +213,7 @@ def _read_info(fields: Fields, _: _Tensors) -> InfoReply:
 
 
 def _open_session_values(message: OpenSession) -> dict[str, Any]:
-    return {
+    values = {
         "session_id": message.session_id,
         "model_id": message.model_id,
         "span": [message.span.start, message.span.end],
@@ -218,9 +224,10 @@ def _open_session_values(message: OpenSession) -> dict[str, Any]:
         "alloc_timeout_s": message.alloc_timeout_s,
         "first_tokens": message.first_tokens,
     }
+    return values | tuning_values("tuning", message.tuning)
 
 
-def _read_open_session(fields: Fields, _: _Tensors) -> OpenSession:
+def _read_open_session(fields: Fields, tensors: _Tensors) -> OpenSession:
     return OpenSession(
         session_id=SessionId(fields.text("session_id")),
         model_id=ModelId(fields.text("model_id")),
@@ -231,6 +238,7 @@ def _read_open_session(fields: Fields, _: _Tensors) -> OpenSession:
         adapter=fields.text("adapter") if fields.has("adapter") else None,
         alloc_timeout_s=fields.number("alloc_timeout_s", default=0.0),
         first_tokens=fields.integer("first_tokens", default=0),
+        tuning=read_tuning(fields, "tuning", tensors.optional("tuning")),
     )
 
 
@@ -320,13 +328,14 @@ def _read_push_reply(_: Fields, __: _Tensors) -> PushReply:
     return PushReply()
 
 
-def _forward_values(message: Forward) -> dict[str, Any]:
-    return {
+def _batch_values(message: Forward | Backward) -> dict[str, Any]:
+    values = {
         "model_id": message.model_id,
         "span": [message.span.start, message.span.end],
         "codec": message.codec.value,
         "adapter": message.adapter,
     }
+    return values | tuning_values("tuning", message.tuning)
 
 
 def _read_forward(fields: Fields, tensors: _Tensors) -> Forward:
@@ -338,11 +347,36 @@ def _read_forward(fields: Fields, tensors: _Tensors) -> Forward:
         position_ids=tensors.optional("position_ids"),
         codec=_codec_named(fields, fields.text("codec", default=Codec.NONE.value)),
         adapter=fields.text("adapter") if fields.has("adapter") else None,
+        tuning=read_tuning(fields, "tuning", tensors.optional("tuning")),
     )
 
 
 def _read_forward_reply(_: Fields, tensors: _Tensors) -> ForwardReply:
     return ForwardReply(tensors.required("hidden_states"))
+
+
+def _read_backward(fields: Fields, tensors: _Tensors) -> Backward:
+    return Backward(
+        model_id=ModelId(fields.text("model_id")),
+        span=fields.span("span"),
+        hidden_states=tensors.required("hidden_states"),
+        grad_outputs=tensors.required("grad_outputs"),
+        attention_mask=tensors.optional("attention_mask"),
+        position_ids=tensors.optional("position_ids"),
+        codec=_codec_named(fields, fields.text("codec", default=Codec.NONE.value)),
+        adapter=fields.text("adapter") if fields.has("adapter") else None,
+        tuning=read_tuning(fields, "tuning", tensors.optional("tuning")),
+    )
+
+
+def _backward_reply_values(message: BackwardReply) -> dict[str, Any]:
+    return tuning_values("grad_tuning", message.grad_tuning)
+
+
+def _read_backward_reply(fields: Fields, tensors: _Tensors) -> BackwardReply:
+    return BackwardReply(
+        tensors.required("grad_inputs"), read_tuning(fields, "grad_tuning", tensors.optional("grad_tuning"))
+    )
 
 
 def _speed_test_values(message: SpeedTest) -> dict[str, Any]:
@@ -371,20 +405,25 @@ class _Kind:
 _STEP_TENSORS = ("position_ids", "beam_indices", "hidden_states", "attention_mask")
 """Widest elements first, so that each tensor lies aligned for its dtype without padding."""
 _PUSHED_STEP_TENSORS = ("position_ids", "beam_indices", "attention_mask")
+_FORWARD_TENSORS = ("position_ids", "tuning", "hidden_states", "attention_mask")
+_BACKWARD_TENSORS = ("position_ids", "tuning", "hidden_states", "grad_outputs", "attention_mask")
+_BACKWARD_REPLY_TENSORS = ("grad_tuning", "grad_inputs")
 
 _KINDS = (
     _Kind("error", ErrorReply, _error_values, _read_error),
     _Kind("info_request", InfoRequest, _no_values, _read_info_request),
     _Kind("info_reply", InfoReply, _info_values, _read_info),
-    _Kind("open_session", OpenSession, _open_session_values, _read_open_session),
+    _Kind("open_session", OpenSession, _open_session_values, _read_open_session, ("tuning",)),
     _Kind("session_opened", SessionOpened, _session_opened_values, _read_session_opened),
     _Kind("step", Step, _step_values, _read_step, _STEP_TENSORS),
     _Kind("pushed_step", PushedStep, _pushed_step_values, _read_pushed_step, _PUSHED_STEP_TENSORS),
     _Kind("step_reply", StepReply, _step_reply_values, _read_step_reply, ("hidden_states",)),
     _Kind("push", Push, _push_values, _read_push, ("hidden_states",)),
     _Kind("push_reply", PushReply, _no_values, _read_push_reply),
-    _Kind("forward", Forward, _forward_values, _read_forward, ("position_ids", "hidden_states", "attention_mask")),
+    _Kind("forward", Forward, _batch_values, _read_forward, _FORWARD_TENSORS),
     _Kind("forward_reply", ForwardReply, _no_values, _read_forward_reply, ("hidden_states",)),
+    _Kind("backward", Backward, _batch_values, _read_backward, _BACKWARD_TENSORS),
+    _Kind("backward_reply", BackwardReply, _backward_reply_values, _read_backward_reply, _BACKWARD_REPLY_TENSORS),
     _Kind("speed_test", SpeedTest, _speed_test_values, _read_speed_test, ("data",)),
     _Kind("speed_test_reply", SpeedTestReply, _no_values, _read_speed_test_reply, ("data",)),
 )

@@ -16,7 +16,17 @@ from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.net.network import Network
 from p2pswarm.wire.codecs import decode_tensor, encode_tensor
-from p2pswarm.wire.messages import ITEM_BYTES, Forward, ForwardReply, InfoReply, OpenSession, Step, StepReply
+from p2pswarm.wire.messages import (
+    ITEM_BYTES,
+    Backward,
+    BackwardReply,
+    Forward,
+    ForwardReply,
+    InfoReply,
+    OpenSession,
+    Step,
+    StepReply,
+)
 from simulations.churn.setting import HIDDEN_SIZE, NUM_BLOCKS, Setting
 from simulations.churn.stage_model import StageState
 
@@ -52,6 +62,9 @@ class StageService:
         num_tokens = request.hidden_states.shape[1]
         state = StageState(self.span, num_tokens)
         return ForwardReply(encode_tensor(await self.run(state, decode_tensor(request.hidden_states), 0)))
+
+    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply:
+        raise BadRequest("nobody trains here", peer_id)
 
     async def run(self, state: StageState, hidden_states: torch.Tensor, position: int) -> torch.Tensor:
         """One call: hidden states are handed over to this server, computed with, and, at the end, handed back."""

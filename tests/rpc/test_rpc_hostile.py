@@ -112,9 +112,9 @@ def header(**fields: object) -> bytes:
 @pytest.mark.parametrize(
     ("sent", "code", "complaint"),
     [
-        (header(type="backward"), ErrorCode.UNKNOWN_MESSAGE, "a message of unknown type 'backward'"),
+        (header(type="unheard_of"), ErrorCode.UNKNOWN_MESSAGE, "a message of unknown type 'unheard_of'"),
         (header(type=None), ErrorCode.UNKNOWN_MESSAGE, "a message of unknown type None"),
-        (header(version=0), ErrorCode.UNSUPPORTED_VERSION, "this node from 1 to 3"),
+        (header(version=0), ErrorCode.UNSUPPORTED_VERSION, "this node from 1 to 4"),
         (header(), ErrorCode.BAD_REQUEST, "wanted a tensor hidden_states, got none"),
         (header(position=-4), ErrorCode.BAD_REQUEST, "position to be a whole number"),
         (header(tensors=[["x", "float32", [1 << 40], "none", 1]]), ErrorCode.BAD_REQUEST, "of at most 4 dimensions"),
@@ -144,7 +144,7 @@ async def test_a_single_call_survives_a_message_of_unknown_type(autojump_clock: 
     async with open_world() as world:
         stream = await world.open_raw()
         framed = FramedStream(stream)
-        await stream.write(header(type="backward"))
+        await stream.write(header(type="unheard_of"))
         answer = await world.hear(framed)
         assert isinstance(answer, ErrorReply)
         assert answer.code is ErrorCode.UNKNOWN_MESSAGE

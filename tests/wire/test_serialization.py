@@ -70,7 +70,7 @@ def test_the_header_is_as_the_protocol_page_says() -> None:
     frame = frame_of(encode_message(STEP))
     assert frame.header == {
         "type": "step",
-        "version": 3,
+        "version": 4,
         "step_id": 7,
         "position": 5,
         "tensors": [
@@ -89,7 +89,7 @@ def test_tensors_lie_on_the_received_bytes() -> None:
     assert message.hidden_states.data[0] == 99
 
 
-@pytest.mark.parametrize("name", ["backward", "from_the_future", "", None, 7, ["step"]])
+@pytest.mark.parametrize("name", ["forwards", "from_the_future", "", None, 7, ["step"]])
 def test_unknown_types_are_told_apart_from_broken_messages(name: object) -> None:
     with pytest.raises(UnknownMessage, match="12D3KooWpeer sent a message of unknown type"):
         decode_message(Frame({"type": name}, memoryview(b"")), peer_id=PEER)
@@ -106,7 +106,7 @@ def test_unknown_fields_tensors_and_error_codes_are_passed_over() -> None:
 
 def test_newer_versions_are_welcome_and_too_old_ones_are_not() -> None:
     assert decode_message(changed(InfoRequest(), version=99)) == InfoRequest()
-    with pytest.raises(UnsupportedVersion, match="speaks protocol versions up to 0, this node from 1 to 3"):
+    with pytest.raises(UnsupportedVersion, match="speaks protocol versions up to 0, this node from 1 to 4"):
         decode_message(changed(InfoRequest(), version=0), peer_id=PEER)
 
 
@@ -184,7 +184,7 @@ def test_a_next_hop_travels_as_the_protocol_page_says() -> None:
     step = PushedStep(7, 5, 2, push_to=NextHop(PEER, SessionId("s"), ("/ip4/10.0.0.1/tcp/4001",)))
     assert frame_of(encode_message(step)).header == {
         "type": "pushed_step",
-        "version": 3,
+        "version": 4,
         "step_id": 7,
         "position": 5,
         "num_tokens": 2,

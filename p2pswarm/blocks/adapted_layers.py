@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from p2pswarm.blocks.adapters import LoadedAdapter, LowRank
 
@@ -42,8 +41,7 @@ class AdaptedLayer(nn.Module):
         low_rank = self.low_ranks.get(self.active.adapter_id)
         if low_rank is None:
             return output
-        added = F.linear(F.linear(states.to(low_rank.down.dtype), low_rank.down), low_rank.up)
-        return output + added.to(output.dtype)
+        return output + low_rank.product(states).to(output.dtype)
 
 
 def adapt_layers(blocks: Mapping[int, nn.Module], adapters: Sequence[LoadedAdapter]) -> ActiveAdapter:

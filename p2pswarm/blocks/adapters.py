@@ -13,9 +13,11 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from p2pswarm.blocks.architecture import Layout
 from p2pswarm.blocks.loading import LANGUAGE_MODEL_NAMES
+from p2pswarm.blocks.quantized_linear import KernelLinear
 from p2pswarm.core.errors import CheckpointError
 from p2pswarm.core.span import Span
 
@@ -60,6 +62,10 @@ class LowRank:
     """[rank, inputs]"""
     up: torch.Tensor
     """[outputs, rank], the scale in it."""
+
+    def product(self, states: torch.Tensor) -> torch.Tensor:
+        """What is added for these states, in the dtype of the pair."""
+        return F.linear(F.linear(states.to(self.down.dtype), self.down), self.up)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,18 +190,25 @@ def _place(source: AdapterSource, layer_name: str, layer: nn.Module, pair: Mappi
     return LowRankPlace(pair["A"], pair["B"], rank * (inputs + outputs), scale)
 
 
-def _size(source: AdapterSource, layer_name: str, layer: nn.Module) -> tuple[int, int]:
-    """Inputs and outputs of a linear layer."""
+def linear_size(layer: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of a linear layer, however it is stored; None for any other module."""
     from transformers.pytorch_utils import Conv1D  # GPT-2's name for a linear layer stored the other way round
 
-    if isinstance(layer, nn.Linear):
+    if isinstance(layer, nn.Linear | KernelLinear):
         return layer.in_features, layer.out_features
     if isinstance(layer, Conv1D):
         inputs, outputs = layer.weight.shape
         return inputs, outputs
-    raise CheckpointError(
-        f"{source.adapter_id} adapts {layer_name}, a {type(layer).__name__}: only linear layers are supported"
-    )
+    return None
+
+
+def _size(source: AdapterSource, layer_name: str, layer: nn.Module) -> tuple[int, int]:
+    size = linear_size(layer)
+    if size is None:
+        raise CheckpointError(
+            f"{source.adapter_id} adapts {layer_name}, a {type(layer).__name__}: only linear layers are supported"
+        )
+    return size
 
 
 def _rank_and_scale(source: AdapterSource, layer_name: str) -> tuple[int, float]:

@@ -8,12 +8,13 @@ found and `stand_ins.py` for what fills the rest.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from p2pswarm.blocks.adapted_layers import adapt_layers
@@ -26,7 +27,10 @@ from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.packed_weights import pack_weights
 from p2pswarm.blocks.quantization import check_quantizable, load_quantized, rounding_of
+from p2pswarm.blocks.span_backward import BlockCall, Gradients, go_back, run_blocks
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings, empty_outside
+from p2pswarm.blocks.tuned_layers import TunedLayers
+from p2pswarm.blocks.tuning import SpanTuning, fit_tuning
 from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
 from p2pswarm.core.quantization import Quantization
@@ -48,9 +52,6 @@ MODEL_CODE_FAILURES = (
 TRIED_LENGTHS = (10, 3)
 """Tokens of the sessions with which batches are tried: as few as show that each keeps its own, at every start."""
 
-_Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""What a block was called with after its hidden states."""
-
 
 @dataclass(slots=True)
 class _Passage:
@@ -59,7 +60,7 @@ class _Passage:
     blocks: Span
     hidden_states: torch.Tensor | None = None
     output: torch.Tensor | None = None
-    calls: list[_Call] | None = None
+    calls: list[BlockCall] | None = None
     """None when the blocks are to run; otherwise they pass through, and note here what they were called with."""
 
 
@@ -70,7 +71,7 @@ class PreparedStep:
     cache: SpanCache
     blocks: Span
     position: int
-    calls: tuple[_Call, ...]
+    calls: tuple[BlockCall, ...]
 
     def is_for(self, cache: SpanCache | None, blocks: Span, position: int, num_tokens: int) -> bool:
         return cache is self.cache and (blocks, position, 1) == (self.blocks, self.position, num_tokens)
@@ -147,8 +148,10 @@ class SpanModel:
         pack_weights(self._decoder, self._try_out)
         self._active_adapter = adapt_layers(self._blocks, adapters)
         make_lean(self._decoder)
-        self._can_prepare = True  # until it is tried
-        self._can_prepare = self._prepares_exactly()
+        self._tuned_layers = TunedLayers(self._blocks)
+        self.can_train = True  # until it is tried
+        self.can_train = self._prepares_exactly()
+        """Whether `run_backward` works, and prompts can be added at each block."""
         self.can_batch = self._batches_exactly()
         """Whether `run_batch` gives what `run` gives, but for rounding."""
 
@@ -182,16 +185,10 @@ class SpanModel:
     @torch.inference_mode()
     def prepare(self, cache: SpanCache, blocks: Span | None = None) -> PreparedStep | None:
         """What `run` can use for the next token of this cache, without padding; None where that would not be exact."""
-        if not self._can_prepare:
+        if not self.can_train:
             return None
-        passage = self._passage
-        passage.blocks, passage.calls = blocks or self.span, []
-        try:
-            placeholder = torch.zeros(cache.num_sequences, 1, self.hidden_size, dtype=self.dtype, device=self.device)
-            self._decoder(inputs_embeds=placeholder, past_key_values=cache, use_cache=True)
-            return PreparedStep(cache, passage.blocks, cache.length, tuple(passage.calls))
-        finally:
-            passage.calls = None
+        wanted = blocks or self.span
+        return PreparedStep(cache, wanted, cache.length, self._collect_calls(cache.num_sequences, 1, cache, wanted, {}))
 
     @torch.inference_mode()
     def run(
@@ -205,6 +202,7 @@ class SpanModel:
         blocks: Span | None = None,
         prepared: PreparedStep | None = None,
         adapter: str | None = None,
+        tuning: SpanTuning | None = None,
     ) -> torch.Tensor:
         """The hidden states after the last of `blocks` (all of the span's), shaped as those that came in.
 
@@ -212,12 +210,11 @@ class SpanModel:
         holds after them is forgotten first. `attention_mask: [batch, position + tokens], bool`, False where there is
         padding. `position_ids: [batch, tokens], int64`; None counts on from `position`. On an exception the cache
         holds the first `position` tokens. Without a cache, `position` must be 0. What is `prepared` need not fit.
-        `adapter`: one of `adapter_ids`; what is prepared is the same for all.
+        `adapter`: one of `adapter_ids`; what is prepared is the same for all. `tuning`: of just these blocks, as
+        `fit_tuning` returned it; it changes this run only.
         """
         self._active_adapter.choose(adapter)
-        wanted = blocks or self.span
-        if not self.span.contains(wanted):
-            raise ValueError(f"blocks {wanted} are not in the span {self.span}")
+        wanted = self._check_blocks(blocks, tuning)
         if cache is not None and cache.num_sequences != hidden_states.shape[0]:
             raise ValueError(f"the cache is of {cache.num_sequences} sequences, {hidden_states.shape[0]} have come")
         if cache is not None:
@@ -225,19 +222,69 @@ class SpanModel:
             cache.place()
         elif position != 0:
             raise ValueError(f"a run at position {position} needs a cache")
-        named = {"attention_mask": attention_mask, "position_ids": position_ids}
-        arguments: dict[str, Any] = {
-            name: value.to(self.device) for name, value in named.items() if value is not None and name in self._accepted
-        }
+        arguments = self._arguments(attention_mask, position_ids)
         states = hidden_states.to(device=self.device, dtype=self.dtype)
+        if prepared is not None and (arguments or not prepared.is_for(cache, wanted, position, states.shape[1])):
+            prepared = None
         try:
-            if prepared is not None and not arguments and prepared.is_for(cache, wanted, position, states.shape[1]):
-                return self._run_prepared(states, prepared)
-            return self._run_decoder(states, cache, wanted, arguments)
+            if tuning is not None:
+                return self._run_tuned(states, cache, wanted, arguments, prepared, position, tuning)
+            return self._run_blocks(states, cache, wanted, arguments, prepared)
         except BaseException:
             if cache is not None:
                 cache.crop(min(position, cache.length))
             raise
+
+    def fit_tuning(self, tuning: SpanTuning) -> SpanTuning:
+        """The tuning as runs take it. Raises `ConfigError` where it does not fit the blocks it is for.
+
+        May be called from any thread.
+        """
+        if tuning.prompts is not None and not self.can_train:
+            raise ConfigError(
+                "the tuning has prompts for each block, and none can be added between this model's blocks"
+            )
+        return fit_tuning(tuning, self._blocks, hidden_size=self.hidden_size, device=self.device)
+
+    def run_backward(
+        self,
+        hidden_states: torch.Tensor,
+        grad_outputs: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        blocks: Span | None = None,
+        adapter: str | None = None,
+        tuning: SpanTuning | None = None,
+    ) -> Gradients:
+        """The gradients of `hidden_states` and the tuning, where `grad_outputs` are those of what `run` returns for
+        them without a cache: of the same shape, the other arguments as there. What memory it takes says
+        `span_backward.py`. Only where `can_train`.
+        """
+        if grad_outputs.shape != hidden_states.shape:
+            raise ValueError(
+                f"the gradients have the shape {list(grad_outputs.shape)}, the inputs {list(hidden_states.shape)}"
+            )
+        if not self.can_train:
+            raise UnsupportedModelError(
+                f"no gradients come back through a {type(self._decoder).__name__}: between its blocks it does more "
+                "than hand the hidden states on"
+            )
+        self._active_adapter.choose(adapter)
+        wanted = self._check_blocks(blocks, tuning)
+        batch_size, num_tokens, _ = hidden_states.shape
+        arguments = self._arguments(attention_mask, position_ids)
+        with torch.inference_mode(False), torch.no_grad():
+            calls = self._collect_calls(batch_size, num_tokens, None, wanted, arguments)
+            gradients = go_back(
+                {index: self._blocks[index] for index in range(wanted.start, wanted.end)},
+                tree_map_only(torch.Tensor, _outside_inference, calls),
+                _outside_inference(hidden_states.to(device=self.device, dtype=self.dtype)),
+                _outside_inference(grad_outputs.to(device=self.device, dtype=self.dtype)),
+                tuning or SpanTuning(wanted),
+                self._tuned_layers,
+            )
+        return gradients if tuning is not None else Gradients(gradients.inputs, None)
 
     @torch.inference_mode()
     def run_batch(self, steps: Sequence[BatchedStep], adapter: str | None = None) -> list[torch.Tensor]:
@@ -272,6 +319,68 @@ class SpanModel:
         if list(step.hidden_states.shape) != wanted:
             raise ValueError(f"a step of a batch has the shape {wanted}, not {list(step.hidden_states.shape)}")
 
+    def _check_blocks(self, blocks: Span | None, tuning: SpanTuning | None) -> Span:
+        """Which blocks are to run."""
+        wanted = blocks or self.span
+        if not self.span.contains(wanted):
+            raise ValueError(f"blocks {wanted} are not in the span {self.span}")
+        if tuning is not None and tuning.blocks != wanted:
+            raise ValueError(f"a tuning of the blocks {tuning.blocks} was given for a run of {wanted}")
+        return wanted
+
+    def _arguments(self, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> dict[str, Any]:
+        """What the decoder is given beside the states and the cache."""
+        named = {"attention_mask": attention_mask, "position_ids": position_ids}
+        return {
+            name: value.to(self.device) for name, value in named.items() if value is not None and name in self._accepted
+        }
+
+    def _collect_calls(
+        self, batch_size: int, num_tokens: int, cache: SpanCache | None, blocks: Span, arguments: dict[str, Any]
+    ) -> tuple[BlockCall, ...]:
+        """What the decoder would call the blocks with after the hidden states. Only where `can_train`."""
+        passage = self._passage
+        passage.blocks, passage.calls = blocks, []
+        try:
+            placeholder = torch.zeros(batch_size, num_tokens, self.hidden_size, dtype=self.dtype, device=self.device)
+            self._decoder(inputs_embeds=placeholder, past_key_values=cache, use_cache=cache is not None, **arguments)
+            return tuple(passage.calls)
+        finally:
+            passage.calls = None
+
+    def _run_tuned(
+        self,
+        states: torch.Tensor,
+        cache: SpanCache | None,
+        blocks: Span,
+        arguments: dict[str, Any],
+        prepared: PreparedStep | None,
+        position: int,
+        tuning: SpanTuning,
+    ) -> torch.Tensor:
+        batch_size, num_tokens, _ = states.shape
+        prompts = tuning.prompts_at(position, num_tokens)
+        with self._tuned_layers.applied(tuning.layers):
+            if prompts is None:
+                return self._run_blocks(states, cache, blocks, arguments, prepared)
+            calls = self._collect_calls(batch_size, num_tokens, cache, blocks, arguments)
+            return run_blocks(self._in_order(blocks), calls, states, prompts)
+
+    def _run_blocks(
+        self,
+        states: torch.Tensor,
+        cache: SpanCache | None,
+        blocks: Span,
+        arguments: dict[str, Any],
+        prepared: PreparedStep | None,
+    ) -> torch.Tensor:
+        if prepared is not None:
+            return run_blocks(self._in_order(blocks), prepared.calls, states)
+        return self._run_decoder(states, cache, blocks, arguments)
+
+    def _in_order(self, blocks: Span) -> Iterator[nn.Module]:
+        return (self._blocks[index] for index in range(blocks.start, blocks.end))
+
     def _run_decoder(
         self, states: torch.Tensor, cache: Cache | None, blocks: Span, arguments: dict[str, Any]
     ) -> torch.Tensor:
@@ -285,13 +394,6 @@ class SpanModel:
             return passage.output
         finally:
             passage.hidden_states = passage.output = None
-
-    def _run_prepared(self, states: torch.Tensor, prepared: PreparedStep) -> torch.Tensor:
-        blocks = (self._blocks[index] for index in range(prepared.blocks.start, prepared.blocks.end))
-        for block, (arguments, named) in zip(blocks, prepared.calls, strict=True):
-            output = block(states, *arguments, **named)
-            states = output[0] if isinstance(output, tuple) else output
-        return states
 
     def _prepares_exactly(self) -> bool:
         """Tries whether a prepared token comes out bit for bit as any other: whether all that this model does between
@@ -357,6 +459,11 @@ class SpanModel:
             )
         self._layer_shapes = {index: _layer_shape(layers[index]) for index in self._blocks}
         self.cache_bytes_per_token = sum(shape.size_bytes for shape in self._layer_shapes.values())
+
+
+def _outside_inference(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor as autograd can take it up."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _layer_shape(layer: CacheLayerMixin) -> LayerShape:

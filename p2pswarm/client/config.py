@@ -42,6 +42,12 @@ class ClientConfig:
     """For each token of each sequence of a step; a slow CPU server runs 20 blocks of a 7B model in about that."""
     max_step_bytes: int = 32 << 20
     """Hidden states of one step; longer prompts go in parts. Servers take frames of 64 MiB."""
+    max_training_tokens: int = 1024
+    """Of a call without a session, forward or backward: larger batches are cut into sub-batches of whole rows, which
+    go by different servers at once. A server keeps the inputs of all its blocks for so many tokens."""
+    max_training_calls: int = 6
+    """Sub-batches of one batch under way at once. Fewer than the servers of a chain leave some of them idle; a server
+    has room for eight waiting calls of one client."""
     stop_grace_s: float = 2.0
     """How long a stopped generation may finish the step it is in; after that the session is lost."""
     recovery_timeout_s: float = 60.0
@@ -92,5 +98,8 @@ class ClientConfig:
             )
         if self.recovery_timeout_s < 0:
             raise ConfigError(f"recovery_timeout_s is a number of seconds, 0 or more, got {self.recovery_timeout_s}")
+        for name in ("max_training_tokens", "max_training_calls"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is 1 or more, got {getattr(self, name)}")
         if self.max_retries is not None and self.max_retries < 0:
             raise ConfigError(f"max_retries is 0 or more, or None, got {self.max_retries}")

@@ -1,4 +1,4 @@
-"""What a model finds when it calls for its blocks: the session that is active in this thread, or a plain forward pass.
+"""What a model finds when it calls for its blocks: the session that is active in this thread, or a pass without one.
 
 The model is blocking code in some thread, sessions live in a trio loop; `Call` is the way from the one to the other.
 """
@@ -7,18 +7,51 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar, TypeVarTuple
 
 import torch
 import trio
 
 from p2pswarm.blocks.client_model import BlocksCall
+from p2pswarm.client.autograd import BlocksPass, Call, run_differentiably
+from p2pswarm.client.forward import ForwardPass
 from p2pswarm.client.session import Session
 from p2pswarm.client.step_input import StepInput
-from p2pswarm.core.errors import ConfigError
+from p2pswarm.client.tuning import Tuning
+from p2pswarm.core.errors import ConfigError, SessionClosed
 
-Call = Callable[..., Any]
-"""`call(async_function, *args)` from a thread beside the loop: `trio.from_thread.run`, or `Portal.call`."""
+T = TypeVar("T")
+Args = TypeVarTuple("Args")
+
+
+def calls_into_loop() -> Call:
+    """The way into the running loop from any thread: from trio's own, whose cancellation goes along, and from others,
+    such as one that somebody's training runs in.
+
+    Called in the loop itself, which it would block for ever, it raises `ConfigError`.
+    """
+    token = trio.lowlevel.current_trio_token()
+
+    def call(function: Callable[[*Args], Awaitable[T]], *args: *Args) -> T:
+        if trio.lowlevel.in_trio_task():
+            raise ConfigError(
+                "blocks in the swarm were called in the trio loop, which waits for nobody: run the model, and "
+                "backward(), by trio.to_thread.run_sync"
+            )
+        try:
+            return trio.from_thread.run(function, *args, trio_token=None if _is_trios_own_thread() else token)
+        except trio.RunFinishedError as error:
+            raise SessionClosed("the connection to the swarm is closed: load the model again") from error
+
+    return call
+
+
+def _is_trios_own_thread() -> bool:
+    try:
+        trio.from_thread.check_cancelled()
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,23 +83,32 @@ def activated(active: ActiveSession) -> Iterator[None]:
 class BlocksDispatch:
     """The `run_blocks` of a client model."""
 
-    def __init__(
-        self, forward: Callable[[StepInput, str | None], Awaitable[torch.Tensor]], call: Call = trio.from_thread.run
-    ) -> None:
-        """`forward` is told the adapter of the session around the pass, if there is one."""
-        self._forward = forward
+    def __init__(self, forward_pass: ForwardPass, call: Call) -> None:
+        self.tuning: Callable[[], Tuning | None] = lambda: None
+        """What passes bring along that no session is around; asked at each pass, so that training shows in the next."""
+        self._forward_pass = forward_pass
         self._call = call
 
     def __call__(self, call: BlocksCall) -> torch.Tensor:
         step = _step_input(call)
         active = active_session()
         if call.cache is None:
-            adapter = None if active is None else active.session.adapter
-            result: torch.Tensor = self._call(self._forward, step, adapter)
-            return result
+            if active is not None:
+                return self.run(BlocksPass(step, active.session.tuning, active.session.adapter))
+            return self.run(BlocksPass(step, self.tuning()))
         if active is None:
             raise ConfigError("a forward pass with a cache needs a session: call it inside model.inference_session()")
-        result = active.call(active.session.step, step)
+        result: torch.Tensor = active.call(active.session.step, step)
+        return result
+
+    def run(self, blocks_pass: BlocksPass) -> torch.Tensor:
+        """The hidden states after the blocks; differentiable where anything that goes in is. Blocking."""
+        if blocks_pass.wants_gradients:
+            return run_differentiably(self._forward_pass.training, self._call, blocks_pass)
+        plain = blocks_pass.detached()
+        result: torch.Tensor = self._call(
+            self._forward_pass.run, plain.batch, plain.adapter, plain.tuning, plain.blocks
+        )
         return result
 
 

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.dispatch import BlocksDispatch
 from p2pswarm.client.forward import ForwardPass
 from p2pswarm.client.generation import GeneratingSession
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.single_error import single_error
 from p2pswarm.client.step_input import StepInput
+from p2pswarm.client.tuning import Tuning
 from p2pswarm.core.ids import ModelId
 from p2pswarm.rpc.client import RpcClient
 
@@ -32,6 +34,7 @@ class DistributedModel:
         shell: PreTrainedModel,
         servers: ModelServers,
         forward_pass: ForwardPass,
+        dispatch: BlocksDispatch,
         rpc: RpcClient,
         config: ClientConfig,
     ) -> None:
@@ -39,6 +42,8 @@ class DistributedModel:
         self.shell = shell
         """transformers' own model class: embeddings, final norm and head here, blocks in the swarm."""
         self.servers = servers
+        self.dispatch = dispatch
+        """How the shell, and other blocking code, comes to its blocks."""
         self._forward_pass = forward_pass
         self._rpc = rpc
         self._config = config
@@ -53,9 +58,11 @@ class DistributedModel:
         return self.checkpoint.tokenizer()
 
     @asynccontextmanager
-    async def session(self, *, max_length: int, adapter: str | None = None) -> AsyncIterator[GeneratingSession]:
+    async def session(
+        self, *, max_length: int, adapter: str | None = None, tuning: Tuning | None = None
+    ) -> AsyncIterator[GeneratingSession]:
         """A session for up to `max_length` tokens a sequence, prompts and answers together, by an adapter's name or id
-        through that adapter (by default `ClientConfig.active_adapter`).
+        through that adapter (by default `ClientConfig.active_adapter`), and through a tuning as it is now.
 
         Its servers are asked for room at the first step. They forget it when the context is left. Raises
         `AdapterNotFound`, or `ConfigError` where several adapters go by the name.
@@ -70,6 +77,7 @@ class DistributedModel:
                     self._config,
                     max_length=max_length,
                     adapter=adapter_id,
+                    tuning=tuning,
                     nursery=nursery,
                 )
                 try:
@@ -85,9 +93,9 @@ class DistributedModel:
         position_ids: torch.Tensor | None = None,
         *,
         adapter: str | None = None,
+        tuning: Tuning | None = None,
     ) -> torch.Tensor:
-        """`hidden_states` [batch, tokens, hidden] through all blocks, remembering nothing; `adapter` as in
+        """`hidden_states` [batch, tokens, hidden] through all blocks, remembering nothing; `adapter` and `tuning` as in
         `session`."""
-        return await self._forward_pass.run(
-            StepInput(hidden_states, 0, attention_mask=attention_mask, position_ids=position_ids), adapter
-        )
+        batch = StepInput(hidden_states, 0, attention_mask=attention_mask, position_ids=position_ids)
+        return await self._forward_pass.run(batch, adapter, tuning)

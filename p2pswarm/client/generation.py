@@ -21,6 +21,7 @@ from p2pswarm.client.history import TokenHistory
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.session import Session
 from p2pswarm.client.token_stream import Generation, GenerationStopped, TokenFeed, TokenStream
+from p2pswarm.client.tuning import Tuning
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.rpc.client import RpcClient
 
@@ -107,9 +108,10 @@ class GeneratingSession(Session):
         *,
         max_length: int,
         adapter: str | None = None,
+        tuning: Tuning | None = None,
         nursery: trio.Nursery,
     ) -> None:
-        super().__init__(servers, rpc, config, max_length=max_length, adapter=adapter, nursery=nursery)
+        super().__init__(servers, rpc, config, max_length=max_length, adapter=adapter, tuning=tuning, nursery=nursery)
         self._shell = shell
         self._latest: Generation | None = None
 

@@ -12,7 +12,8 @@ import torch
 import trio
 
 from p2pswarm.client.step_input import StepInput
-from p2pswarm.client.step_times import declared_step_s
+from p2pswarm.client.step_times import SLOW_PATH_BYTES_PER_S, declared_step_s
+from p2pswarm.client.tuning import Tuning
 from p2pswarm.core.errors import BadAnswer, NetworkError, RemoteError, RequestRefused
 from p2pswarm.core.ids import ModelId, SessionId
 from p2pswarm.core.server_info import ServerInfo
@@ -59,6 +60,7 @@ class LinkTerms:
     codec: Codec
     alloc_timeout_s: float
     adapter: str | None
+    tuning: Tuning | None = None
 
 
 class Link:
@@ -142,8 +144,9 @@ async def open_link(
     """Opens a session at the hop, hands over the link, and keeps it open until it is closed.
 
     `first_tokens` of each sequence will be sent at once. `timeout_s` does not count the wait for room that `terms`
-    allow. Raises what `RpcClient.open_session` raises while it opens.
+    allow, nor the way of a tuning. Raises what `RpcClient.open_session` raises while it opens.
     """
+    tuning = None if terms.tuning is None else terms.tuning.for_span(hop.span)
     request = OpenSession(
         SessionId(secrets.token_hex(16)),
         terms.model_id,
@@ -154,9 +157,11 @@ async def open_link(
         terms.adapter,
         alloc_timeout_s=terms.alloc_timeout_s,
         first_tokens=first_tokens,
+        tuning=tuning,
     )
+    timeout_s += terms.alloc_timeout_s + (0 if tuning is None else tuning.num_bytes / SLOW_PATH_BYTES_PER_S)
     with trio.CancelScope() as scope:
-        async with rpc.open_session(hop.peer_id, request, timeout_s + terms.alloc_timeout_s) as remote:
+        async with rpc.open_session(hop.peer_id, request, timeout_s) as remote:
             task_status.started(Link(hop, server, dtype, remote, scope))
             await trio.sleep_forever()
 

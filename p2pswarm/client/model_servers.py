@@ -104,7 +104,7 @@ class ModelServers:
         self._config = config
         self._filter = ServerFilter(config.allowed_servers, config.blocked_servers, config.quantization)
         self._measured_s: dict[PeerId, float] = {}
-        self._step_times: dict[Hop, StepTimes] = {}
+        self._step_times: dict[tuple[Hop, bool], StepTimes] = {}
         self._push_records: defaultdict[tuple[PeerId, PeerId], PushRecord] = defaultdict(PushRecord)
 
     @property
@@ -224,11 +224,12 @@ class ModelServers:
             return True  # whatever it says: a server with its hands full has no room for a question either
         return True
 
-    def step_times(self, hop: Hop) -> StepTimes:
-        """How long the hop's server has needed for steps through these blocks, in any session."""
+    def step_times(self, hop: Hop, *, in_sessions: bool = True) -> StepTimes:
+        """How long the hop's server has needed for steps through these blocks, in any session; or for calls without
+        one, many of which wait for each other."""
         if len(self._step_times) > MAX_STEP_TIMES:  # servers come and go
-            self._step_times = {hop: times for hop, times in self._step_times.items() if hop.peer_id in self.known}
-        return self._step_times.setdefault(hop, StepTimes())
+            self._step_times = {key: times for key, times in self._step_times.items() if key[0].peer_id in self.known}
+        return self._step_times.setdefault((hop, in_sessions), StepTimes())
 
     def can_push(self, sender: PeerId, receiver: PeerId) -> bool:
         """Whether the one server can hand on to the other, as far as is known."""

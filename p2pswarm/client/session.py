@@ -25,6 +25,7 @@ from p2pswarm.client.mending import STEP_ID_STRIDE, Mender
 from p2pswarm.client.model_servers import DTYPES, ModelServers
 from p2pswarm.client.recovery import Recovery
 from p2pswarm.client.step_input import StepInput, in_parts
+from p2pswarm.client.tuning import Tuning
 from p2pswarm.core.errors import ConfigError, MissingBlocksError, SessionClosed
 from p2pswarm.routing.route import Route
 from p2pswarm.rpc.client import RpcClient
@@ -43,13 +44,18 @@ class Session:
         *,
         max_length: int,
         adapter: str | None = None,
+        tuning: Tuning | None = None,
         nursery: trio.Nursery,
     ) -> None:
-        """`adapter`: the id of one that servers announce."""
+        """`adapter`: the id of one that servers announce. Of the tuning, the session keeps a copy: stand-ins are to
+        compute what the servers did that they replace."""
         if max_length < 1:
             raise ConfigError(f"a session's max_length is at least 1 token, got {max_length}")
         self.max_length = max_length
+        if tuning is not None:
+            tuning.check_fits(servers.facts.num_blocks, servers.facts.hidden_size)
         self.adapter = adapter
+        self.tuning = None if tuning is None else tuning.detached()
         self.history: TokenHistory | None = None
         """The tokens behind the positions, where `generate` was used."""
         self.num_recoveries = 0
@@ -171,6 +177,7 @@ class Session:
                 self._config.codec,
                 self._config.alloc_timeout_s,
                 self.adapter,
+                self.tuning,
             )
             mender = Mender(self._servers, self._rpc, self._config, terms, self._nursery)
             self._running = running = _Running(self._servers, self._config, terms, mender)

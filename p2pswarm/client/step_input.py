@@ -70,3 +70,20 @@ def in_parts(step: StepInput, max_bytes: int) -> Iterator[StepInput]:
             None if step.position_ids is None else step.position_ids[:, part],
             step.beam_indices if start == 0 else None,
         )
+
+
+def in_rows(step: StepInput, max_tokens: int, max_bytes: int) -> list[StepInput]:
+    """The step as several of some of its rows each, as many as can be alike: of at most `max_tokens`, and
+    `max_bytes` as float32 (or of one row)."""
+    bytes_per_row = step.num_tokens * step.hidden_states.shape[2] * torch.float32.itemsize
+    rows_at_once = min(max_tokens // max(1, step.num_tokens), max_bytes // max(1, bytes_per_row))
+    num_parts = -(-step.batch_size // max(1, rows_at_once))
+    states = step.hidden_states.tensor_split(num_parts)
+    masks, position_ids = (
+        [None] * num_parts if tensor is None else tensor.tensor_split(num_parts)
+        for tensor in (step.attention_mask, step.position_ids)
+    )
+    return [
+        StepInput(some_states, step.position, mask, ids)
+        for some_states, mask, ids in zip(states, masks, position_ids, strict=True)
+    ]

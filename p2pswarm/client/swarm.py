@@ -19,8 +19,9 @@ from transformers import PreTrainedModel
 from p2pswarm.blocks.client_model import load_client_model
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pswarm.checkpoint.progress import Progress, ProgressListener
+from p2pswarm.client.autograd import Call
 from p2pswarm.client.config import ClientConfig
-from p2pswarm.client.dispatch import BlocksDispatch, Call
+from p2pswarm.client.dispatch import BlocksDispatch, calls_into_loop
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.forward import ForwardPass
 from p2pswarm.client.membership import Membership, join_swarm
@@ -64,13 +65,13 @@ class Swarm:
         token: str | None = None,
         cache_dir: Path | None = None,
         listener: ProgressListener = lambda progress: None,
-        call: Call = trio.from_thread.run,
+        call: Call | None = None,
     ) -> DistributedModel:
         """The model (a folder, a hub id or a `.gguf` file) with its blocks in this swarm.
 
         `dtype` is that of the part that runs here; None: what most servers compute in. `listener` is told, in another
         thread, what is downloaded or converted. Cancelled, a download ends within a moment; the next one goes on from
-        there. `call` is the way into this loop from the threads in which the model itself is run.
+        there. `call` is the way into this loop from the threads in which the model itself is run, by default from any.
         Raises `CheckpointError`, `UnsupportedModelError`, `ModelNotFound` when nobody serves the model.
         """
 
@@ -87,7 +88,7 @@ class Swarm:
         servers = await self._servers_of(checkpoint, model_id)
         config = self.membership.config
         forward_pass = ForwardPass(servers, self.rpc, config)
-        dispatch = BlocksDispatch(forward_pass.run, call)
+        dispatch = BlocksDispatch(forward_pass, call or calls_into_loop())
         dtype_here = dtype if dtype is not None else _usual_dtype(servers)
 
         def load_shell() -> PreTrainedModel:
@@ -96,7 +97,7 @@ class Swarm:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(servers.measure_round_trips)
             shell = await trio.to_thread.run_sync(load_shell)
-        return DistributedModel(checkpoint, shell, servers, forward_pass, self.rpc, config)
+        return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, self.rpc, config)
 
     async def _servers_of(self, checkpoint: Checkpoint, model_id: ModelId) -> ModelServers:
         config = self.membership.config

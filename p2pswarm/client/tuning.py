@@ -93,22 +93,17 @@ class Tuning:
         return WireTuning(prompts, layers) if prompts is not None or layers else None
 
     def zeros(self) -> "Tuning":
-        """The gradient of blocks that had no part in anything."""
+        """Where the sum of its gradients begins."""
         return self.with_tensors([torch.zeros_like(tensor) for tensor in self.tensors])
 
-    def put(self, span: Span, part: WireTuning) -> None:
-        """Writes a span's part, in the shapes of `for_span`, over what is here."""
+    def add(self, span: Span, part: WireTuning) -> None:
+        """Adds a span's part, in the shapes of `for_span`, to what is here."""
         if self.prompts is not None and part.prompts is not None:
-            self.prompts[span.start : span.end] = decode_tensor(part.prompts)
+            self.prompts[span.start : span.end] += decode_tensor(part.prompts)
         for layer in part.layers:
             pair = self.layers[layer.block, layer.path]
-            pair.down.copy_(decode_tensor(layer.down))
-            pair.up.copy_(decode_tensor(layer.up))
-
-    def add(self, other: "Tuning") -> None:
-        """Adds another of the same parts, in place."""
-        for mine, more in zip(self.tensors, other.tensors, strict=True):
-            mine.add_(more)
+            pair.down.add_(decode_tensor(layer.down))
+            pair.up.add_(decode_tensor(layer.up))
 
 
 def _sides(pair: LowRank) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,14 +9,13 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import trio
-
 from p2pswarm.blocks.client_model import load_client_model
 from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.checkpoint.checkpoint import Checkpoint
+from p2pswarm.client.autograd import Call
 from p2pswarm.client.config import ClientConfig
-from p2pswarm.client.dispatch import BlocksDispatch, Call
+from p2pswarm.client.dispatch import BlocksDispatch, calls_into_loop
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.forward import ForwardPass
 from p2pswarm.client.model_servers import ModelFacts, ModelServers
@@ -73,7 +72,7 @@ async def open_tiny_swarm(
     load_part: Callable[[Span], SpanModel],
     spans: Sequence[Span] = SPANS,
     config: ClientConfig | None = None,
-    call: Call = trio.from_thread.run,
+    call: Call | None = None,
 ) -> AsyncIterator[TinySwarm]:
     """One server for each span, and a client."""
     config = config or ClientConfig(known_peers_path=None)
@@ -120,7 +119,7 @@ async def serving(
 
 
 def client_model(
-    checkpoint: Checkpoint, network: Network, view: FixedView, config: ClientConfig, call: Call
+    checkpoint: Checkpoint, network: Network, view: FixedView, config: ClientConfig, call: Call | None = None
 ) -> DistributedModel:
     """What `Swarm.load` makes, over a fixed view."""
     rpc = RpcClient(network)
@@ -128,5 +127,6 @@ def client_model(
     facts = ModelFacts(checkpoint.model_id, checkpoint.num_blocks, hidden_size)
     servers = ModelServers(facts, view, DStarLitePlanner(), network, rpc, config)
     forward_pass = ForwardPass(servers, rpc, config)
-    shell = load_client_model(checkpoint, BlocksDispatch(forward_pass.run, call))
-    return DistributedModel(checkpoint, shell, servers, forward_pass, rpc, config)
+    dispatch = BlocksDispatch(forward_pass, call or calls_into_loop())
+    shell = load_client_model(checkpoint, dispatch)
+    return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, rpc, config)

@@ -1,0 +1,121 @@
+"""Rows on their way through blocks and back, over servers that may fail at any step.
+
+The inputs of every leg stay here, so that a lost server costs its own leg only. Forward, what went into it goes on over
+another route. Backward, its blocks are laid anew from the same inputs: where stand-ins cut them in other places, the
+rows are run through all but the last of them once more, for the inputs in between.
+
+What comes out does not depend on the servers, as long as they compute alike.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import trio
+
+from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.hop_calls import CallTerms, HopCalls
+from p2pswarm.client.model_servers import ModelServers
+from p2pswarm.client.recovery import HopFailure, Recovery
+from p2pswarm.core.errors import MissingBlocksError, NetworkError, RemoteError, RequestRefused
+from p2pswarm.core.span import Span
+from p2pswarm.routing.planner import RouteMode, RouteRequest
+from p2pswarm.routing.route import Hop, Route
+from p2pswarm.rpc.client import RpcClient
+from p2pswarm.wire.tuning import WireTuning
+
+HOP_FAILURES = (RemoteError, NetworkError, RequestRefused)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Leg:
+    """A part of the way: some blocks at one server."""
+
+    hop: Hop
+    inputs: torch.Tensor
+    """[rows, tokens, hidden]: what entered the blocks."""
+
+
+class Walker:
+    """Takes any number of rows at once, each over its own servers."""
+
+    def __init__(self, servers: ModelServers, rpc: RpcClient, config: ClientConfig) -> None:
+        self._servers = servers
+        self._calls = HopCalls(servers, rpc, config)
+        self._config = config
+
+    async def forward(self, inputs: torch.Tensor, blocks: Span, terms: CallTerms) -> tuple[torch.Tensor, list[Leg]]:
+        """What comes out of the blocks [rows, tokens, hidden], and the legs of the way there.
+
+        Raises `MissingBlocksError` where blocks stay without a server, the last failure when there were too many.
+        """
+        return await self._lay(inputs, blocks, terms, Recovery(self._config), to_the_end=True)
+
+    async def backward(
+        self, legs: Sequence[Leg], grad_outputs: torch.Tensor, terms: CallTerms
+    ) -> tuple[torch.Tensor, list[tuple[Span, WireTuning]]]:
+        """The loss's gradient for what entered the first leg, and for the tuning of each span that has any. Raises as
+        `forward` does."""
+        gradients, parts = grad_outputs, []
+        ahead, recovery = list(legs), Recovery(self._config)
+        while ahead:
+            leg = ahead.pop()
+            span = leg.hop.span
+            if leg.hop.peer_id not in self._servers.banned:
+                try:
+                    gradients, part = await self._calls.backward(leg.hop, leg.inputs, gradients, terms)
+                except HOP_FAILURES as error:
+                    self._note(error, span, recovery)
+                else:
+                    parts += [] if part is None else [(span, part)]
+                    recovery = Recovery(self._config)
+                    continue
+            _, stand_ins = await self._lay(leg.inputs, span, terms, recovery, to_the_end=False)
+            ahead += stand_ins
+        return gradients, parts
+
+    async def _lay(
+        self, inputs: torch.Tensor, blocks: Span, terms: CallTerms, recovery: Recovery, *, to_the_end: bool
+    ) -> tuple[torch.Tensor, list[Leg]]:
+        """Legs over the blocks, run one after the other, and what comes out of the last one that was: of all of them,
+        or of all but the last."""
+        states, legs, done = inputs, list[Leg](), blocks.start
+        while done < blocks.end:
+            try:
+                route = await self._route(Span(done, blocks.end), terms, recovery)
+                for hop in route.hops:
+                    leg = Leg(hop, states)
+                    if to_the_end or hop.span.end < blocks.end:
+                        started_at_s = trio.current_time()
+                        states = await self._calls.forward(hop, states, terms)
+                        recovery.do_not_count(trio.current_time() - started_at_s)
+                    legs.append(leg)
+                    done = hop.span.end
+                    if to_the_end:  # else it is not known yet whether the failure has been made up for
+                        recovery = Recovery(self._config)
+            except HOP_FAILURES as error:
+                self._note(error, Span(done, blocks.end), recovery)
+            except MissingBlocksError as error:
+                await self._wait_for_blocks(error, terms, recovery)
+        return states, legs
+
+    async def _route(self, blocks: Span, terms: CallTerms, recovery: Recovery) -> Route:
+        request = RouteRequest(
+            blocks,
+            avoided=frozenset(recovery.avoided),
+            mode=RouteMode.MAX_THROUGHPUT,
+            pushes=False,
+            adapter=terms.adapter,
+        )
+        return await self._servers.route(request)
+
+    def _note(self, error: HopFailure, blocks: Span, recovery: Recovery) -> None:
+        self._servers.report_failure(error)
+        recovery.after_failure(error, blocks, trio.current_time())
+
+    async def _wait_for_blocks(self, error: MissingBlocksError, terms: CallTerms, recovery: Recovery) -> None:
+        """Waits until another try makes sense. Raises the error when it does not, or when the time is up."""
+        if recovery.last_failure is None and not self._servers.may_return(error.missing, 0, terms.adapter):
+            raise error
+        await trio.sleep(recovery.wait_s(error, trio.current_time()))
+        await self._servers.forgive(error.missing, recovery)

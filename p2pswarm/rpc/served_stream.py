@@ -15,6 +15,7 @@ from functools import partial
 import trio
 
 from p2pswarm.core.errors import BadRequest, DeadlineExceeded, MalformedMessage, ProtocolViolation, ServerBusy
+from p2pswarm.core.ids import SessionId
 from p2pswarm.rpc.answered_stream import GOODBYE_TIMEOUT_S, AnsweredStream
 from p2pswarm.rpc.error_replies import Draining, reply_to
 from p2pswarm.rpc.limits import RpcLimits
@@ -125,7 +126,11 @@ class ServedStream:
                 case None:
                     return False
                 case OpenSession():
-                    return not await self._serve_session(message)
+                    session_id = message.session_id
+                    with contextlib.ExitStack() as held:
+                        opened = await self._stream.attempt(partial(self._open, message, held))
+                        del message  # its tuning is charged here no longer: what the session keeps, the service counts
+                        return not await self._serve_session(session_id, opened)
                 case _:
                     await self._stream.send(await self._stream.attempt(partial(self._call, message)))
         except MalformedMessage as error:
@@ -149,21 +154,19 @@ class ServedStream:
             case _:
                 raise BadRequest(f"{type(message).__name__} is not a call", self._peer_id)
 
-    async def _serve_session(self, request: OpenSession) -> bool:
+    async def _serve_session(self, session_id: SessionId, opened: tuple[SessionService, PushSlot] | ErrorReply) -> bool:
         """The whole session; False where it was refused, and the stream may be used for something else."""
-        with contextlib.ExitStack() as held:
-            opened = await self._stream.attempt(partial(self._open, request, held))
-            if isinstance(opened, ErrorReply):
-                await self._stream.send(opened)
-                return False
-            session, slot = opened
-            self.in_session = True
-            try:
-                await self._stream.send(SessionOpened(request.session_id))
-                async with open_session_pushes(self._served.pusher, self._peer_id) as pushes:
-                    await ServedSession(self._stream, session, slot, pushes, self._served.limits).run()
-            finally:
-                await self._close(session)
+        if isinstance(opened, ErrorReply):
+            await self._stream.send(opened)
+            return False
+        session, slot = opened
+        self.in_session = True
+        try:
+            await self._stream.send(SessionOpened(session_id))
+            async with open_session_pushes(self._served.pusher, self._peer_id) as pushes:
+                await ServedSession(self._stream, session, slot, pushes, self._served.limits).run()
+        finally:
+            await self._close(session)
         return True
 
     async def _open(self, request: OpenSession, held: contextlib.ExitStack) -> tuple[SessionService, PushSlot]:

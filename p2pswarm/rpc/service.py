@@ -4,6 +4,9 @@ Errors say what the caller is told: `BadRequest` and `CodecError` that its reque
 is no room now; in a session, all three mean that the step changed nothing, and the session goes on. `SessionLost` ends
 a session in good order: its client goes on elsewhere. Anything else is a failure of ours: it is logged, the caller
 hears no details, and a session is over.
+
+A request's bytes are counted and bounded by `rpc/limits.py` until it is answered. What a session keeps of the tuning it
+was opened with is the service's to bound.
 """
 
 from typing import Protocol

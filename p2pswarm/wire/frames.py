@@ -57,12 +57,16 @@ class Frame:
 def encode_frame(header: Mapping[str, Any], buffers: Sequence[Buffer] = ()) -> list[Buffer]:
     """What to write: lengths and header in one piece, then `buffers` as they are, not copied.
 
-    Raises `ConfigError` where no receiver with the default limits would take the header.
+    Raises `ConfigError` where no receiver with the default limits would take it.
     """
     packed: bytes = msgpack.packb(header)
     if len(packed) > DEFAULT_LIMITS.max_header_bytes:
         raise ConfigError(f"a frame header has at most {DEFAULT_LIMITS.max_header_bytes} bytes, this one {len(packed)}")
     frame_bytes = _HEADER_LENGTH_BYTES + len(packed) + sum(map(num_bytes, buffers))
+    if frame_bytes > DEFAULT_LIMITS.max_frame_bytes:
+        raise ConfigError(
+            f"a frame has at most {DEFAULT_LIMITS.max_frame_bytes} bytes, this one {frame_bytes}: send less at once"
+        )
     return [_PREFIX.pack(frame_bytes, len(packed)) + packed, *buffers]
 
 

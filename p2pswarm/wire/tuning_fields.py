@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from p2pswarm.wire.fields import Fields
-from p2pswarm.wire.tensors import ITEM_BYTES, WireTensor
+from p2pswarm.wire.tensors import ITEM_BYTES, Codec, WireTensor
 from p2pswarm.wire.tuning import MAX_TUNED_LAYERS, TunedLayer, WireTuning
 
 _LAYER_TYPES = [int, str, int, int, int]
@@ -36,6 +36,10 @@ def read_tuning(fields: Fields, name: str, packed: WireTensor | None) -> WireTun
         return None
     if packed is None:
         fields.refuse(f"a tensor {name} with the bytes of the field {name}")
+    if packed.codec is not Codec.NONE or len(packed.shape) != 1:
+        fields.refuse(
+            f"the tensor {name} to be of one dimension by codec none, got {packed.codec.value} {packed.shape}"
+        )
     sizes = fields.nested(name)
     parts = _Parts(packed, sizes)
     prompts = parts.cut(_checked_prompts(sizes)) if sizes.has("prompts") else None

@@ -15,11 +15,12 @@ from p2pswarm.core.errors import ConnectionLost, NetworkError, RemoteError, Requ
 from p2pswarm.core.ids import SessionId
 from p2pswarm.net.network import Stream
 from p2pswarm.rpc.limits import RpcLimits
-from p2pswarm.testing.message_strategies import messages
+from p2pswarm.testing.message_strategies import messages, tunings
 from p2pswarm.testing.rpc_world import World, open_world, step
 from p2pswarm.testing.running_sum_service import SUM_MODEL, SUM_SPAN, RunningSumService, wire_rows
 from p2pswarm.wire.framed_stream import FramedStream
 from p2pswarm.wire.messages import (
+    Backward,
     ErrorCode,
     ErrorReply,
     Forward,
@@ -36,9 +37,20 @@ Attacks = list[tuple[list[tuple[bytes, float]], str]]
 """For each stream: pieces to send, each with the wait after it, and how it ends."""
 
 rows = st.lists(st.lists(st.integers(-5, 5), min_size=2, max_size=2), min_size=1, max_size=2).map(wire_rows)
+brought_along = tunings(SUM_SPAN, 1)
 plausible = st.one_of(
     st.builds(InfoRequest),
-    st.builds(Forward, st.just(SUM_MODEL), st.just(SUM_SPAN), rows),
+    st.builds(Forward, st.just(SUM_MODEL), st.just(SUM_SPAN), rows, tuning=st.none() | brought_along),
+    rows.flatmap(
+        lambda batch: st.builds(
+            Backward,
+            st.just(SUM_MODEL),
+            st.just(SUM_SPAN),
+            st.just(batch),
+            rows.filter(lambda gradients: gradients.shape == batch.shape),
+            tuning=st.none() | brought_along,
+        )
+    ),
     st.builds(
         OpenSession,
         st.just(SessionId("s")),
@@ -46,6 +58,7 @@ plausible = st.one_of(
         st.just(SUM_SPAN),
         st.integers(1, 20),
         st.integers(1, 2),
+        tuning=st.none() | brought_along,
     ),
     st.builds(Step, st.integers(0, 5), st.integers(0, 6), rows),
     st.builds(PushedStep, st.integers(0, 5), st.integers(0, 6), st.just(2)),
@@ -178,7 +191,7 @@ def test_nothing_that_many_strangers_send_harms_or_stays(attacks: Attacks, delay
     run_simulated(partial(survive, attacks, delay_s))
 
 
-async def ask_a_liar(answer: bytes) -> None:
+async def ask_a_liar(answer: bytes, backward: bool) -> None:
     async with open_world() as world:
 
         async def lie(stream: Stream) -> None:
@@ -188,17 +201,22 @@ async def ask_a_liar(answer: bytes) -> None:
 
         world.serve_instead(lie)
         try:
-            await world.client.forward(world.peer_id, Forward(SUM_MODEL, SUM_SPAN, wire_rows([[1, 2]])), 10.0)
+            batch = wire_rows([[1, 2]])
+            if backward:
+                await world.client.backward(world.peer_id, Backward(SUM_MODEL, SUM_SPAN, batch, batch), 10.0)
+            else:
+                await world.client.forward(world.peer_id, Forward(SUM_MODEL, SUM_SPAN, batch), 10.0)
         except (RemoteError, NetworkError, RequestRefused) as error:
             assert error.peer_id == world.peer_id  # noqa: PT017 - an answer may also happen to be right
 
 
 @given(
-    messages().map(whole) | st.binary(max_size=100) | st.builds(with_flipped_byte, messages(), fractions, st.just(1))
+    messages().map(whole) | st.binary(max_size=100) | st.builds(with_flipped_byte, messages(), fractions, st.just(1)),
+    st.booleans(),
 )
 @settings(deadline=None, max_examples=100)
-def test_nothing_that_a_server_answers_harms_a_client(answer: bytes) -> None:
-    run_simulated(partial(ask_a_liar, answer))
+def test_nothing_that_a_server_answers_harms_a_client(answer: bytes, backward: bool) -> None:
+    run_simulated(partial(ask_a_liar, answer, backward))
 
 
 @pytest.mark.parametrize("seed", range(3))

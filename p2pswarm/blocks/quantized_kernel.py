@@ -39,8 +39,9 @@ class Kernel:
     """Quantizes the weights of linear layers, and multiplies by them. All tensors are on the CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self.nf4_values = torch.tensor(list((ctypes.c_float * 16).in_dll(library, "NF4")))
-        """What the sixteen codes of nf4 stand for, times the scale."""
+        nf4_values = torch.tensor(list((ctypes.c_float * 16).in_dll(library, "NF4")))
+        self.nf4_pairs = torch.cartesian_prod(nf4_values, nf4_values)
+        """[256, 2]: what the two codes of nf4 in each byte stand for, times the scale."""
         self._quantize_nf4 = library.nf4_quantize
         self._quantize_nf4.argtypes = (POINTER, SIZE, POINTER, POINTER, THREADS)
         self._quantize_int8 = library.int8_quantize

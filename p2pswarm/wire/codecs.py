@@ -2,8 +2,13 @@
 
     codec               bytes an element    what comes back
     none                those of the dtype  every bit; NaN and infinities too
-    float16, bfloat16   2                   rounded to nearest; NaN and infinities are kept
+    float16             2                   |x - x'| <= max(2^-11 |x|, 2^-25); NaN and infinities too
+    bfloat16            2                   |x - x'| <= max(2^-8 |x|, 2^-134); NaN and infinities too
     blockwise int8      1 + 4/64            |x - x'| <= absmax / 254 (1 + 2^-14), absmax over the value's block of 64
+
+So the error of a whole tensor, as a vector beside the tensor's length, is at most 0.4 % for bfloat16 and 3.2 % for int8
+(8 / 254; 0.6 % where values are spread as a bell curve). For float16 it is 0.05 %, but for values below 6e-5, of which
+gradients have many: choose bfloat16 or int8 for these.
 
 A finite value beyond the range of a 16-bit codec, and NaN or infinity for int8, is a `CodecError`: what was
 compressed is never silently something else. For int8, each row (last dimension) is cut into blocks of 64, the last

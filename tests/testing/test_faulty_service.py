@@ -21,11 +21,12 @@ from p2pswarm.testing.arithmetic_model import (
     Tokens,
     arithmetic_server_info,
     run_blocks,
+    run_blocks_back,
 )
 from p2pswarm.testing.faulty_service import Fault, FaultyService
 from p2pswarm.testing.memory_network import MemoryNetwork
 from p2pswarm.wire.codecs import decode_tensor, encode_tensor
-from p2pswarm.wire.messages import Codec, Forward, OpenSession, Step
+from p2pswarm.wire.messages import Backward, Codec, Forward, OpenSession, Step
 
 BLOCKS = Span(1, 3)
 INFO = arithmetic_server_info(PeerId("server"), BLOCKS, num_model_blocks=6)
@@ -116,3 +117,16 @@ async def test_batches_without_a_session_show_the_faults_too() -> None:
     assert torch.equal(decode_tensor(reply.hidden_states), expected(TOKENS))
     service.fault = Fault.WRONG_SHAPE
     assert (await service.forward("a peer", request)).hidden_states.shape == (1, 4, 1)
+
+
+async def test_gradients_show_the_faults_too() -> None:
+    service = FaultyService(ArithmeticService(INFO))
+    wire = encode_tensor(TOKENS)
+    request = Backward(ARITHMETIC_MODEL, BLOCKS, wire, wire)
+    wanted, _ = run_blocks_back(BLOCKS, Tokens.none(1).followed_by(TOKENS, None, None), TOKENS)
+    assert torch.equal(decode_tensor((await service.backward("a peer", request)).grad_inputs), wanted)
+    service.fault = Fault.NOT_FINITE
+    assert decode_tensor((await service.backward("a peer", request)).grad_inputs).isnan().all()
+    service.fault = Fault.IS_BUSY
+    with pytest.raises(ServerBusy):
+        await service.backward("a peer", request)

@@ -114,6 +114,48 @@ def test_int8_keeps_its_bound_for_awkward_values(values: list[float]) -> None:
         assert (error <= block.abs().max() / 254 * (1 + 2**-14) + 1e-36).all()
 
 
+@pytest.mark.parametrize(
+    ("codec", "relative", "absolute"),
+    [(Codec.FLOAT16, 2**-11, 2**-25), (Codec.BFLOAT16, 2**-8, 2**-134)],
+)
+@given(
+    values=st.lists(
+        st.floats(-60000, 60000, width=32) | st.floats(-(2.0**-20), 2.0**-20, width=32), min_size=1, max_size=50
+    )
+)
+@settings(deadline=None)
+def test_sixteen_bit_errors_stay_within_their_bounds(
+    codec: Codec, relative: float, absolute: float, values: list[float]
+) -> None:
+    sent = torch.tensor(values)
+    error = (decode_tensor(travelled(encode_tensor(sent, codec))).double() - sent.double()).abs()
+    assert (error <= (relative * sent.double().abs()).clamp(min=absolute)).all()
+
+
+@pytest.mark.parametrize(("codec", "bound"), [(Codec.BFLOAT16, 2**-8), (Codec.BLOCKWISE_INT8, 8 / 254 * 1.0001)])
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 150)),
+    exponent=st.integers(-30, 30),
+    power=st.integers(1, 9),
+    seed=st.integers(0, 1 << 32),
+)
+@settings(deadline=None)
+def test_a_gradient_of_any_size_keeps_its_direction(
+    codec: Codec, bound: float, shape: tuple[int, ...], exponent: int, power: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.rand(shape, generator=generator, dtype=torch.float64) * 2 - 1
+    sent = (spread.pow(power) * 10.0**exponent).float()
+    error = decode_tensor(travelled(encode_tensor(sent, codec))).double() - sent.double()
+    assert error.norm() <= bound * sent.double().norm() + 1e-36
+
+
+def test_int8_loses_less_than_a_hundredth_of_a_bell_curve() -> None:
+    sent = torch.randn(8, 128, 576, generator=torch.Generator().manual_seed(1)) * 1e-7
+    error = decode_tensor(travelled(encode_tensor(sent, Codec.BLOCKWISE_INT8))) - sent
+    assert 0.005 < error.norm() / sent.norm() < 0.007
+
+
 def test_int8_rows_do_not_depend_on_their_neighbours() -> None:
     rows = torch.randn(2, 1, 70) * torch.tensor([1.0, 1000.0]).view(2, 1, 1)
     together = decode_tensor(encode_tensor(rows, Codec.BLOCKWISE_INT8))

@@ -109,9 +109,19 @@ class GeneratingSession(Session):
         max_length: int,
         adapter: str | None = None,
         tuning: Tuning | None = None,
+        prefix: torch.Tensor | None = None,
         nursery: trio.Nursery,
     ) -> None:
-        super().__init__(servers, rpc, config, max_length=max_length, adapter=adapter, tuning=tuning, nursery=nursery)
+        super().__init__(
+            servers,
+            rpc,
+            config,
+            max_length=max_length,
+            adapter=adapter,
+            tuning=tuning,
+            prefix=prefix,
+            nursery=nursery,
+        )
         self._shell = shell
         self._latest: Generation | None = None
 

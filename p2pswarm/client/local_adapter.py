@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from p2pswarm.blocks.adapters import LowRank, fit_adapter
 from p2pswarm.blocks.architecture import Head, Layout, lay_out
@@ -21,7 +22,7 @@ from p2pswarm.checkpoint.adapter_place import AdapterPlace
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.client.carried import Carried
 from p2pswarm.client.tuning import Place, Tuning
-from p2pswarm.core.errors import CheckpointError
+from p2pswarm.core.errors import CheckpointError, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,22 @@ class LocalAdapter:
     @property
     def kind(self) -> str:
         return str(self.config["peft_type"])
+
+    @property
+    def num_labels(self) -> int | None:
+        """Of a head that was trained with it."""
+        return next((tensor.shape[0] for tensor in self.heads.values()), None)
+
+    @torch.no_grad()
+    def fill_heads(self, model: nn.Module) -> None:
+        """Writes what was trained of the model's own heads over them. Raises `ConfigError` for other labels."""
+        parameters = dict(model.named_parameters())
+        for name, tensor in self.heads.items():
+            if parameters[name].shape != tensor.shape:
+                raise ConfigError(
+                    f"the adapter's {name} is for {tensor.shape[0]} labels, this model has {parameters[name].shape[0]}"
+                )
+            parameters[name].copy_(tensor)
 
     def carried(self) -> Carried:
         """What a session needs of it."""

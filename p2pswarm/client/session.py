@@ -45,10 +45,12 @@ class Session:
         max_length: int,
         adapter: str | None = None,
         tuning: Tuning | None = None,
+        prefix: torch.Tensor | None = None,
         nursery: trio.Nursery,
     ) -> None:
         """`adapter`: the id of one that servers announce. Of the tuning, the session keeps a copy: stand-ins are to
-        compute what the servers did that they replace."""
+        compute what the servers did that they replace. `prefix` [virtual tokens, embedding size]: what the model puts
+        in front of the text; its tokens are in no position or length here but those of steps."""
         if max_length < 1:
             raise ConfigError(f"a session's max_length is at least 1 token, got {max_length}")
         self.max_length = max_length
@@ -56,6 +58,7 @@ class Session:
             tuning.check_fits(servers.facts.num_blocks, servers.facts.hidden_size)
         self.adapter = adapter
         self.tuning = None if tuning is None else tuning.detached()
+        self.prefix = None if prefix is None else prefix.detach().clone()
         self.history: TokenHistory | None = None
         """The tokens behind the positions, where `generate` was used."""
         self.num_recoveries = 0
@@ -66,27 +69,31 @@ class Session:
         self._nursery = nursery
         self._running: _Running | None = None
         self._step_ids = itertools.count(STEP_ID_STRIDE, STEP_ID_STRIDE)
+        self._num_virtual_tokens = 0 if prefix is None else prefix.shape[0]
+        self._max_length_at_servers = max_length + self._num_virtual_tokens
         self._position = 0
+        """Tokens in the servers' caches, virtual ones included."""
         self._is_stepping = False
         self._is_closed = False
 
     @property
     def position(self) -> int:
-        """Tokens in the servers' caches. Set it to a smaller number to go back: what came after is forgotten."""
-        return self._position
+        """Tokens of the text in the servers' caches. Set it to a smaller number to go back: what came after is
+        forgotten."""
+        return max(0, self._position - self._num_virtual_tokens)
 
     @position.setter
     def position(self, position: int) -> None:
-        if not 0 <= position <= self._position:
-            raise ConfigError(f"a session's position only goes back: 0 to {self._position}, got {position}")
-        self._position = position
+        if not 0 <= position <= self.position:
+            raise ConfigError(f"a session's position only goes back: 0 to {self.position}, got {position}")
+        self._position = position + self._num_virtual_tokens if position else 0
         if self.history is not None:
             self.history = self.history.cropped(position) if position else None
 
     def go_back_to(self, history: TokenHistory | None) -> None:
         """Forgets all but these tokens, which are the first ones of what has been run."""
+        self.position = min(self.position, history.length if history is not None else 0)
         self.history = history
-        self._position = min(self._position, history.length if history is not None else 0)
 
     @property
     def route(self) -> Route | None:
@@ -142,10 +149,11 @@ class Session:
             )
         if not 0 <= step.position <= self._position:
             raise ConfigError(f"the session is at position {self._position}, a step cannot start at {step.position}")
-        if step.end > self.max_length:
+        if step.end > self._max_length_at_servers:
+            before = max(0, step.position - self._num_virtual_tokens)
             raise ConfigError(
-                f"{step.position} tokens and {step.num_tokens} new ones are more than the session's max_length "
-                f"{self.max_length}; open one with a larger max_length"
+                f"{before} tokens and {step.end - self._num_virtual_tokens - before} new ones are more than the "
+                f"session's max_length {self.max_length}; open one with a larger max_length"
             )
 
     @contextmanager
@@ -172,7 +180,7 @@ class Session:
         if running is None:
             terms = LinkTerms(
                 self._servers.facts.model_id,
-                self.max_length,
+                self._max_length_at_servers,
                 step.batch_size,
                 self._config.codec,
                 self._config.alloc_timeout_s,
@@ -234,7 +242,9 @@ class Session:
     async def _wait_for_blocks(self, error: MissingBlocksError, recovery: Recovery, running: "_Running") -> None:
         """Waits until another try makes sense. Raises the error when it does not, or when the time is up."""
         self._check_open()
-        if running.route is None and not self._servers.may_return(error.missing, self.max_length, self.adapter):
+        if running.route is None and not self._servers.may_return(
+            error.missing, self._max_length_at_servers, self.adapter
+        ):
             raise recovery.explained(error)
         wait_s = recovery.wait_s(error, trio.current_time())
         if recovery.num_waits == 2:

@@ -10,12 +10,14 @@ async with open_swarm(["/ip4/192.0.2.7/tcp/31337/p2p/12D3KooW..."]) as swarm:
 from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import trio
 from transformers import PreTrainedModel
 
+from p2pswarm.blocks.architecture import Head
 from p2pswarm.blocks.client_model import load_client_model
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pswarm.checkpoint.progress import Progress, ProgressListener
@@ -24,6 +26,7 @@ from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.dispatch import BlocksDispatch, calls_into_loop
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.forward import ForwardPass
+from p2pswarm.client.local_adapter import is_local_adapter, read_local_adapter
 from p2pswarm.client.membership import Membership, join_swarm
 from p2pswarm.client.model_servers import ModelFacts, ModelServers, dtype_of
 from p2pswarm.core.errors import ModelNotFound
@@ -66,12 +69,16 @@ class Swarm:
         cache_dir: Path | None = None,
         listener: ProgressListener = lambda progress: None,
         call: Call | None = None,
+        head: Head = Head.CAUSAL_LM,
+        num_labels: int | None = None,
+        seed: int = 0,
     ) -> DistributedModel:
         """The model (a folder, a hub id or a `.gguf` file) with its blocks in this swarm.
 
         `dtype` is that of the part that runs here; None: what most servers compute in. `listener` is told, in another
         thread, what is downloaded or converted. Cancelled, a download ends within a moment; the next one goes on from
         there. `call` is the way into this loop from the threads in which the model itself is run, by default from any.
+        `num_labels` and `seed` are for the head of a sequence classifier, as in `load_client_model`.
         Raises `CheckpointError`, `UnsupportedModelError`, `ModelNotFound` when nobody serves the model.
         """
 
@@ -85,22 +92,30 @@ class Swarm:
             return checkpoint, checkpoint.model_id
 
         checkpoint, model_id = await trio.to_thread.run_sync(read)
-        servers = await self._servers_of(checkpoint, model_id)
-        config = self.membership.config
+        config, adapter = self.membership.config, None
+        if config.active_adapter is not None and is_local_adapter(config.active_adapter):
+            adapter = await trio.to_thread.run_sync(read_local_adapter, config.active_adapter, checkpoint, head)
+            config = replace(config, active_adapter=None)  # servers know nothing of it
+            num_labels = num_labels or adapter.num_labels
+        servers = await self._servers_of(checkpoint, model_id, config)
         forward_pass = ForwardPass(servers, self.rpc, config)
         dispatch = BlocksDispatch(forward_pass, call or calls_into_loop())
         dtype_here = dtype if dtype is not None else _usual_dtype(servers)
 
         def load_shell() -> PreTrainedModel:
-            return load_client_model(checkpoint, dispatch, dtype=dtype_here)
+            shell = load_client_model(
+                checkpoint, dispatch, dtype=dtype_here, head=head, num_labels=num_labels, seed=seed
+            )
+            if adapter is not None:
+                adapter.fill_heads(shell)
+            return shell
 
         async with trio.open_nursery() as nursery:
             nursery.start_soon(servers.measure_round_trips)
             shell = await trio.to_thread.run_sync(load_shell)
-        return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, self.rpc, config)
+        return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, self.rpc, config, adapter, head)
 
-    async def _servers_of(self, checkpoint: Checkpoint, model_id: ModelId) -> ModelServers:
-        config = self.membership.config
+    async def _servers_of(self, checkpoint: Checkpoint, model_id: ModelId, config: ClientConfig) -> ModelServers:
         text_config = checkpoint.config.get_text_config(decoder=True)
         facts = ModelFacts(model_id, checkpoint.num_blocks, int(text_config.hidden_size))
         only = ServerFilter(config.allowed_servers, config.blocked_servers, config.quantization)

@@ -7,53 +7,24 @@ all its options, stay transformers'.
 from collections.abc import Callable
 from contextlib import ExitStack
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from p2pswarm.blocks.client_model import SwarmCache
 from p2pswarm.client.dispatch import activated, active_session
-from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.generation import generate_in_session
-from p2pswarm.client.portal import Portal
-from p2pswarm.client.swarm import Swarm
+from p2pswarm.models.distributed_shell import Connection, DistributedShell
 from p2pswarm.models.inference_session import InferenceSession
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """The model's place in the swarm."""
-
-    portal: Portal
-    swarm: Swarm
-    model: DistributedModel
-
+from p2pswarm.models.tuning.options import TuningOptions
 
 _own_sessions: ContextVar[ExitStack | None] = ContextVar("own_sessions", default=None)
 """Of the `generate` that runs in this context outside of any session."""
 
 
-class DistributedCausalLM:
-    """Sessions, and `generate` through them."""
-
-    connection: Connection
-
-    def inference_session(self, *, max_length: int, adapter: str | None = None) -> InferenceSession:
-        """A session for up to `max_length` tokens, prompts and answers together.
-
-            with model.inference_session(max_length=1024) as session:
-                model.generate(first_prompt, max_new_tokens=50)
-                model.generate(more_text, max_new_tokens=50)  # goes on from there
-
-        `session.position` tells and sets how many tokens count. Room at the servers is asked for at the first step.
-        `adapter`: the name or id of a LoRA adapter, by default that which `from_pretrained` was given.
-        """
-        return InferenceSession(self.connection.portal, self.connection.model, max_length, adapter)
+class DistributedCausalLM(DistributedShell):
+    """`generate` through sessions."""
 
     def generate(
         self, inputs: torch.Tensor | None = None, *, session: InferenceSession | None = None, **options: Any
@@ -93,25 +64,22 @@ class DistributedCausalLM:
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
 
-    @property
-    def tokenizer(self) -> "PreTrainedTokenizerBase":
-        """The checkpoint's own."""
-        return self.connection.model.tokenizer
 
-    def close(self) -> None:
-        """Leaves the swarm. Happens by itself when the model is collected and when the program ends."""
-        self.connection.portal.close()
+def distributed(
+    shell: PreTrainedModel,
+    connection: Connection,
+    options: TuningOptions | None = None,
+    base_model: str | None = None,
+) -> PreTrainedModel:
+    """The same object, with `DistributedCausalLM`, or for a model that cannot generate `DistributedShell`, in front of
+    its class; what `options` say begins to be tuned. `base_model` is what peft is told of where the whole model is.
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def distributed(shell: PreTrainedModel, connection: Connection) -> PreTrainedModel:
-    """The same object, with `DistributedCausalLM` in front of its class."""
+    Raises `ConfigError` where the options do not fit the model.
+    """
     own_class = type(shell)
-    shell.__class__ = type(own_class.__name__, (DistributedCausalLM, own_class), {"__module__": own_class.__module__})
-    shell.connection = connection  # type: ignore[assignment]  # not a module nor a tensor
+    mixin = DistributedCausalLM if shell.can_generate() else DistributedShell
+    shell.__class__ = type(own_class.__name__, (mixin, own_class), {"__module__": own_class.__module__})
+    assert isinstance(shell, DistributedShell)
+    shell.connection = connection
+    shell.prepare_tuning(connection.model, options, base_model or connection.model.checkpoint.name)
     return shell

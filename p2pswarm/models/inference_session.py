@@ -10,7 +10,7 @@ from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.generation import GeneratingSession
 from p2pswarm.client.portal import Portal
 from p2pswarm.client.step_input import StepInput
-from p2pswarm.core.errors import SessionClosed
+from p2pswarm.core.errors import ConfigError, SessionClosed
 from p2pswarm.routing.route import Route
 
 
@@ -79,5 +79,7 @@ class InferenceSession:
         beam_indices: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Runs `hidden_states` [batch, tokens, hidden] through all blocks, after what the session holds."""
+        if self._session.prefix is not None:
+            raise ConfigError("a session with a tuned prompt takes tokens, in front of which it goes: use generate")
         step = StepInput(hidden_states, self.position, attention_mask, position_ids, beam_indices)
         return self._portal.call(self._session.step, step)

@@ -12,9 +12,10 @@ from p2pswarm.rpc.speed_tests import LONG_ENOUGH_S, SIZES_BYTES
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.framed_stream import SLOWEST_BYTES_PER_S
 from p2pswarm.wire.frames import DEFAULT_LIMITS, FrameDecoder
-from p2pswarm.wire.messages import MAX_SPEED_TEST_BYTES, PROTOCOL_VERSION, ErrorCode, Step
+from p2pswarm.wire.messages import MAX_SPEED_TEST_BYTES, PROTOCOL_VERSION, TUNING_VERSION, ErrorCode, Step
 from p2pswarm.wire.serialization import MAX_PEERS_TOLD, encode_message, message_types
 from p2pswarm.wire.tensors import INT8_BLOCK, ITEM_BYTES, Codec
+from p2pswarm.wire.tuning import MAX_PATH_CHARACTERS, MAX_TUNED_LAYERS, MAX_TUNED_SIZE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
 
@@ -66,6 +67,9 @@ def test_all_codecs_and_dtypes_are_listed() -> None:
         f"| one tensor, as it travels and decoded | {DEFAULT_LIMITS.max_tensor_bytes >> 20} MiB |",
         f"| dimensions | {DEFAULT_LIMITS.max_dimensions}, each",
         f"more than {DEFAULT_LIMITS.max_items} entries",
+        f"sizes are 1 to 2^{MAX_TUNED_SIZE.bit_length() - 1}; there are at most {MAX_TUNED_LAYERS} layers.",
+        f"at most {MAX_PATH_CHARACTERS} letters, digits and underscores",
+        f"- Version {TUNING_VERSION} added `backward`, `backward_reply` and `tuning`.",
         f"`{RPC_PROTOCOL}`",
         f"in the headers, now {PROTOCOL_VERSION}.",
         f"at most {MAX_PEERS_TOLD})",

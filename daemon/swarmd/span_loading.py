@@ -67,7 +67,8 @@ class ModelLoader:
         speed = loaded.speed
         self._model = weakref.ref(loaded.model)
         pool = loaded.model.new_pool(pages_for(loaded.cache_tokens))
-        served = Served(info.model_id, loaded.model, pool, loaded.max_length)
+        config = self._config
+        served = Served(info.model_id, loaded.model, pool, loaded.max_length, config.training_memory, config.max_tuning)
         service = SpanService(served, self._device, self._describe, _known_costs(loaded), _sharing(opened.device))
         await self._device.run(trim_heap)
         gc.freeze()  # what a load leaves behind stays for long: looking through it costs 0.3 s each time
@@ -83,11 +84,16 @@ class ModelLoader:
         )
 
     async def free(self) -> None:
-        for _ in range(FREE_TRIES):
-            await self._device.run(_give_memory_back)
-            if self._model is None or self._model() is None:
-                return
-            await trio.sleep(FREE_RETRY_S)
+        gc.disable()  # a collection that is under way in this thread would make the one below return with nothing done
+        try:
+            for _ in range(FREE_TRIES):
+                await self._device.run(_collect)
+                if self._model is None or self._model() is None:
+                    await self._device.run(_give_memory_back)
+                    return
+                await trio.sleep(FREE_RETRY_S)
+        finally:
+            gc.enable()
         logger.warning("the weights of the blocks served before are still in memory: something refers to them")
 
 
@@ -105,10 +111,13 @@ def _sharing(device: torch.device) -> Callable[[float], bool]:
     return CpuSharing(psutil.cpu_count() or 1).is_shared
 
 
-def _give_memory_back() -> None:
+def _collect() -> None:
     """Modules refer to each other in circles, so only the collector frees them; frozen ones it leaves alone."""
     gc.unfreeze()
     gc.collect()
+
+
+def _give_memory_back() -> None:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim_heap()

@@ -5,6 +5,9 @@ INSTALLED := .venv/installed
 # libp2p brings trio-typing, whose outdated stub folders would hide trio's own types from mypy.
 STALE_STUBS := trio-stubs outcome-stubs async_generator-stubs
 
+# On each of two processors, a process with one thread of torch.
+SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
 .PHONY: setup fix check test test-slow test-all demo sim wheel
 
 setup: $(INSTALLED)
@@ -28,13 +31,16 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests that matter every time: logic, and exact text from real server processes over loopback.
+# The tests that matter every time: logic, and exact text from real server processes over loopback. Those without
+# sockets and processes share the processors; the others have them for themselves.
 test: setup
-	$(BIN)/pytest -m "not slow and not gpu and not hub"
+	$(SHARED) -m "not slow and not real and not gpu and not hub"
+	$(BIN)/pytest -m "real and not slow and not gpu and not hub"
 
 # What takes minutes: large simulations, swarms of thirty nodes, long stalls.
 test-slow: setup
-	$(BIN)/pytest -m "slow and not exhaustive and not gpu and not hub"
+	$(SHARED) -m "slow and not real and not exhaustive and not gpu and not hub"
+	$(BIN)/pytest -m "slow and real and not exhaustive and not gpu and not hub"
 
 # With the exhaustive ones, half an hour: thousands of random histories, chaos by the hour, real delays.
 test-all: setup

@@ -66,6 +66,12 @@ def _add_start(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     blocks.add_argument(
         "--kv-cache", metavar="SIZE", help="of all sessions: 4GiB, 16384 tokens or 25%% (default: by free memory)"
     )
+    blocks.add_argument(
+        "--training-memory", metavar="SIZE", help="for gradients that clients train by (default: for 2048 tokens)"
+    )
+    blocks.add_argument(
+        "--max-tuning", metavar="SIZE", help="of what a client brings along with a call or session (default: 64MiB)"
+    )
     blocks.add_argument("--name", help="shown to people beside the peer id")
     compute = start.add_argument_group("how to compute")
     compute.add_argument("--device", help="auto (default), cpu, cuda, cuda:N or mps")

@@ -3,6 +3,7 @@
 Weights are counted exactly, from the model's layout; the rest is measured on one block without weights of its own.
 """
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
 from swarmd.scheduling.costs import MAX_PART_TOKENS
 from swarmd.sizing import BlockNeeds
-from swarmd.working_memory import working_memory_bytes
+from swarmd.working_memory import backward_memory, working_memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,9 +31,12 @@ def measure_needs(config: "PretrainedConfig", dtype: torch.dtype, quantization: 
     num_weights = sum(parameter.numel() for parameter in layout.blocks[heaviest].parameters())
     block = blank_span(layout, Span(heaviest, heaviest + 1), dtype=dtype)
     working_bytes = working_memory_bytes(block, num_weights, MAX_PART_TOKENS)
+    backward = backward_memory(block)
     if quantization is not Quantization.NONE:
-        working_bytes += num_weights * dtype.itemsize  # one block as it was, while it is quantized
-    return BlockNeeds(block_bytes, block.cache_bytes_per_token, working_bytes)
+        whole_bytes = num_weights * dtype.itemsize  # one block as it was: while it is quantized, or for its gradients
+        working_bytes += whole_bytes
+        backward = replace(backward, fixed_bytes=backward.fixed_bytes + whole_bytes)
+    return BlockNeeds(block_bytes, block.cache_bytes_per_token, working_bytes, backward)
 
 
 def block_weights_bytes(config: "PretrainedConfig", dtype: torch.dtype, quantization: Quantization) -> tuple[int, ...]:

@@ -12,9 +12,8 @@ import torch
 from p2pswarm.core.errors import BadRequest
 from p2pswarm.core.ids import ModelId
 from p2pswarm.core.span import Span
-from p2pswarm.wire.codecs import decode_tensor
+from p2pswarm.wire.codecs import decode_tensor, is_finite
 from p2pswarm.wire.messages import OpenSession, Step, WireTensor
-from p2pswarm.wire.tuning import WireTuning
 
 
 def check_model(wanted: ModelId, served: ModelId) -> None:
@@ -35,11 +34,6 @@ def check_adapter(wanted: str | None, served: Sequence[str]) -> None:
     if wanted is not None and wanted not in served:
         has = f"the adapters {', '.join(served)}" if served else "no adapters"
         raise BadRequest(f"this server has {has}, asked was {wanted}")
-
-
-def check_no_tuning(wanted: WireTuning | None) -> None:
-    if wanted is not None:
-        raise BadRequest("this server applies no tuning that a client brings along")
 
 
 def check_open(request: OpenSession, *, max_length: int) -> None:
@@ -65,12 +59,24 @@ def check_step(step: Step, *, batch_size: int, length: int, max_length: int, hid
         )
 
 
-def read_hidden_states(wire: WireTensor) -> torch.Tensor:
+def check_length(hidden_states: WireTensor, max_length: int) -> None:
+    """Of rows without a session."""
+    num_tokens = hidden_states.shape[1]
+    if not 1 <= num_tokens <= max_length:
+        raise BadRequest(f"this server takes sequences of 1 to {max_length} tokens, got {num_tokens}")
+
+
+def check_trains(can_train: bool) -> None:
+    if not can_train:
+        raise BadRequest("no gradients come back through this model, which works on hidden states between its blocks")
+
+
+def read_hidden_states(wire: WireTensor, name: str = "hidden_states") -> torch.Tensor:
     """The decoded tensor, every value of it finite: one NaN would stay in the cache for the rest of the session."""
     hidden_states = decode_tensor(wire)
     # One pass: the sum is NaN or infinite if any value is. Finite values whose sum is not are rare, so look only then.
     if not hidden_states.sum(dtype=torch.float32).isfinite() and not hidden_states.isfinite().all():
-        raise BadRequest("hidden_states hold NaN or infinity")
+        raise BadRequest(f"{name} hold NaN or infinity")
     return hidden_states
 
 
@@ -89,6 +95,17 @@ def read_mask(wire: WireTensor | None) -> torch.Tensor | None:
         return None
     mask = decode_tensor(wire)
     return None if bool(mask.all()) else mask
+
+
+def checked_answer(name: str, answer: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The answer, every value of it finite: where what came was finite too, it was too large to compute with."""
+    if not is_finite(answer):
+        computed_in = str(dtype).removeprefix("torch.")
+        raise BadRequest(
+            f"the {name} hold NaN or infinity: what was sent, or the tuning, is too large to compute with in "
+            f"{computed_in}"
+        )
+    return answer
 
 
 def _read_indices(wire: WireTensor | None, name: str, end: int) -> torch.Tensor | None:

@@ -20,6 +20,7 @@ from p2pswarm.net.addresses import parse_tcp_address, split_peer_address
 from swarmd.http_address import HttpAddress
 from swarmd.kv_size import KVSize, parse_kv_size
 from swarmd.throughput import ThroughputSetting, ThroughputSource, parse_throughput
+from swarmd.tuning_memory import DEFAULT_MAX_BYTES
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -88,6 +89,10 @@ class ServerConfig(NodeConfig):
     """Longest session accepted, in tokens; None: what the model was made for, if the KV cache holds it."""
     kv_cache: KVSize | None = None
     """KV cache for all sessions together; None: a sensible part of the free memory."""
+    training_memory: int | None = None
+    """Bytes that gradients may take while they are computed; None: what a row of a sensible length takes."""
+    max_tuning: int = DEFAULT_MAX_BYTES
+    """Bytes of what a client brings along with one call or session; there is room for four of these in all."""
     throughput: ThroughputSetting = ThroughputSource.AUTO
     grace_period_s: float = 10.0
     """How long running sessions may go on once the server was asked to stop, or goes on to other blocks."""
@@ -266,6 +271,8 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "max_disk_space": _byte_size,
     "max_length": _whole_number,
     "kv_cache": _kv_size,
+    "training_memory": _byte_size,
+    "max_tuning": _byte_size,
     "throughput": _throughput,
     "grace_period_s": _number,
     "stats_period_s": _number,

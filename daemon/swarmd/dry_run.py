@@ -24,7 +24,7 @@ def dry_run(config: ServerConfig, events: Events) -> None:
     if span is None:
         num_blocks = config.num_blocks
         if num_blocks is None:
-            count = opened.count_blocks(config.kv_cache)
+            count = opened.count_blocks(config.kv_cache, config.training_memory)
             events("sized", **asdict(count))
             num_blocks = count.num_blocks
         span = Span(0, min(num_blocks, opened.num_blocks))

@@ -68,11 +68,12 @@ class OpenedModel:
     def dtype_name(self) -> str:
         return NAME_OF_DTYPE[self.dtype]
 
-    def count_blocks(self, kv_size: KVSize | None) -> BlockCount:
+    def count_blocks(self, kv_size: KVSize | None, training_bytes: int | None = None) -> BlockCount:
         """How many blocks this device can hold beside their KV cache. Raises `ConfigError` where not even one."""
         needs = measure_needs(self.checkpoint.config, self.dtype, self.quantization)
         needs = replace(needs, weights_bytes=self.with_adapters(needs.weights_bytes))
-        return count_blocks(needs, free_memory_bytes(self.device), spare_share(self.device.type), kv_size)
+        free_bytes = free_memory_bytes(self.device)
+        return count_blocks(needs, free_bytes, spare_share(self.device.type), kv_size, training_bytes)
 
     def with_adapters(self, weights_bytes: Sequence[int]) -> tuple[int, ...]:
         """What each block's weights take together with its part of the adapters."""

@@ -17,6 +17,7 @@ from p2pswarm.core.ids import PeerId
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.messages import Forward, ForwardReply
 from swarmd import checks
+from swarmd.batch_tensors import BatchTensors
 from swarmd.memory import Tenant
 from swarmd.scheduling.work import Kind, Part, Work
 from swarmd.span_session import Shared
@@ -25,7 +26,7 @@ from swarmd.span_session import Shared
 class ForwardJob:
     """A `dispatcher.Job`, which gives a `ForwardReply`. `close` it, whatever became of it."""
 
-    def __init__(self, shared: Shared, peer_id: PeerId, request: Forward, tensors: "ForwardTensors") -> None:
+    def __init__(self, shared: Shared, peer_id: PeerId, request: Forward, tensors: BatchTensors) -> None:
         self._shared = shared
         self._request = request
         self._tensors = tensors
@@ -62,7 +63,8 @@ class ForwardJob:
         self._pieces = []
         if rows.stop < work.num_rows:
             return None
-        return ForwardReply(encode_tensor(torch.cat(self._rows), self._request.codec))
+        answer = checks.checked_answer("hidden states", torch.cat(self._rows), self._shared.model.dtype)
+        return ForwardReply(encode_tensor(answer, self._request.codec))
 
     def run_together(self, jobs: Any) -> Any:
         raise AssertionError("forward passes run alone")
@@ -112,14 +114,6 @@ class ForwardJob:
             position_ids=None if tensors.position_ids is None else tensors.position_ids[rows, start:end],
             blocks=self._request.span,
             adapter=self._request.adapter,
+            tuning=tensors.tuning,
         )
         return answer.to("cpu", hidden_states.dtype)
-
-
-class ForwardTensors:
-    """What a forward pass brings, decoded and found fit. Raises `BadRequest`."""
-
-    def __init__(self, request: Forward, max_length: int) -> None:
-        self.hidden_states = checks.read_hidden_states(request.hidden_states)
-        self.mask = checks.read_mask(request.attention_mask)
-        self.position_ids = checks.read_position_ids(request.position_ids, max_length)

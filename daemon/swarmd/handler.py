@@ -6,6 +6,7 @@ device by way of the scheduler. Knows nothing of streams and deadlines: those ar
 """
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,17 +14,24 @@ import trio
 
 from p2pswarm.blocks.kv_pool import KVPool
 from p2pswarm.blocks.span_model import SpanModel
-from p2pswarm.core.errors import BadRequest, ServerBusy
+from p2pswarm.blocks.tuning import SpanTuning
+from p2pswarm.core.errors import ServerBusy
 from p2pswarm.core.ids import ModelId, PeerId
 from p2pswarm.wire.messages import Backward, BackwardReply, Forward, ForwardReply, InfoReply, OpenSession
 from swarmd import checks
+from swarmd.backward_pass import BackwardJob
+from swarmd.batch_tensors import BackwardTensors, BatchTensors
 from swarmd.device_thread import Device
-from swarmd.forward_pass import ForwardJob, ForwardTensors
+from swarmd.forward_pass import ForwardJob
 from swarmd.memory import KVMemory, Tenant
 from swarmd.scheduling.costs import CostModel
 from swarmd.scheduling.dispatcher import Dispatcher
 from swarmd.scheduling.scheduler import Scheduler
 from swarmd.span_session import Shared, SpanSession
+from swarmd.training_memory import BackwardMemory, most_rows
+from swarmd.tuning_memory import DEFAULT_MAX_BYTES, TuningMemory
+from swarmd.tunings import held_bytes, read_tuning
+from swarmd.working_memory import backward_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +43,11 @@ class Served:
     pool: KVPool
     """For the keys and values of all sessions."""
     max_length: int
-    """Longest session, and longest sequence of a forward pass, in tokens."""
+    """Longest session, and longest row of a forward or backward pass, in tokens."""
+    training_bytes: int | None = None
+    """What gradients may take while they are computed; None: what a row of a sensible length takes."""
+    max_tuning_bytes: int = DEFAULT_MAX_BYTES
+    """Of what a client brings along with one call or session."""
 
 
 class SpanService:
@@ -52,10 +64,13 @@ class SpanService:
         """`costs`: what is known of the device's speed; without, it is learnt from the first requests. `is_shared`:
         whether other processes use the time for which the device waits."""
         self.memory = KVMemory(served.pool.pages)
+        self.tunings = TuningMemory(served.max_tuning_bytes)
         self.dispatcher = Dispatcher(device, Scheduler(costs or CostModel(), is_shared))
         self._served = served
         self._shared = Shared(served.model, served.pool, device, self.dispatcher, self.memory)
         self._describe = describe
+        self._backward_memory: BackwardMemory | None = None
+        """Measured when it is asked for: hardly any server's first request is for gradients."""
 
     async def info(self, peer_id: PeerId) -> InfoReply:
         return self._describe()
@@ -68,37 +83,66 @@ class SpanService:
         checks.check_span(request.span, served.model.span)
         checks.check_adapter(request.adapter, served.model.adapter_ids)
         checks.check_open(request, max_length=served.max_length)
-        checks.check_no_tuning(request.tuning)
-        tenant = self.memory.come(request.batch_size, request.max_length, request.first_tokens)
-        try:
+        with ExitStack() as held:
+            held.enter_context(self.tunings.held(held_bytes(request.tuning)))
+            tuning = await self._read_tuning(request)
+            tenant = self.memory.come(request.batch_size, request.max_length, request.first_tokens)
+            held.callback(self.memory.leave, tenant)
             await self._get_in(tenant, request)
-            return SpanSession(self._shared, peer_id, request, tenant, max_position=served.max_length)
-        except BaseException:
-            self.memory.leave(tenant)
-            raise
+            session = SpanSession(self._shared, peer_id, request, tenant, tuning, max_position=served.max_length)
+            session.held = held.pop_all()
+            return session
 
     async def forward(self, peer_id: PeerId, request: Forward) -> ForwardReply:
         """The whole batch through the asked blocks, without a cache. Raises `BadRequest`, `ServerBusy`."""
+        served, device = self._served, self._shared.device
+        self._check_batch(request)
+        with self.tunings.held(held_bytes(request.tuning)):
+            tensors = await device.run(partial(BatchTensors, request, served.model, served.max_length))
+            job = ForwardJob(self._shared, peer_id, request, tensors)
+            try:
+                reply: ForwardReply = await self.dispatcher.run(job)
+            finally:
+                job.close()
+        return reply
+
+    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply:
+        """The gradients of the whole batch, by computing it once more. Raises `BadRequest`, `ServerBusy`."""
+        served, device = self._served, self._shared.device
+        self._check_batch(request)
+        checks.check_trains(served.model.can_train)
+        with self.tunings.held(held_bytes(request.tuning)):
+            max_rows = await device.run(partial(self._most_rows, request))
+            tensors = await device.run(partial(BackwardTensors, request, served.model, served.max_length))
+            job = BackwardJob(self._shared, peer_id, request, tensors, max_rows)
+            reply: BackwardReply = await self.dispatcher.run(job)
+        return reply
+
+    def _check_batch(self, request: Forward | Backward) -> None:
+        """Raises `BadRequest`."""
         served = self._served
         checks.check_model(request.model_id, served.model_id)
         checks.check_span(request.span, served.model.span)
         checks.check_adapter(request.adapter, served.model.adapter_ids)
         checks.check_hidden_size(request.hidden_states, served.model.hidden_size)
-        checks.check_no_tuning(request.tuning)
-        num_tokens = request.hidden_states.shape[1]
-        if not 1 <= num_tokens <= served.max_length:
-            raise BadRequest(f"this server takes sequences of 1 to {served.max_length} tokens, got {num_tokens}")
-        tensors = await self._shared.device.run(partial(ForwardTensors, request, served.max_length))
-        job = ForwardJob(self._shared, peer_id, request, tensors)
-        try:
-            reply: ForwardReply = await self.dispatcher.run(job)
-        finally:
-            job.close()
-        return reply
+        checks.check_length(request.hidden_states, served.max_length)
 
-    async def backward(self, peer_id: PeerId, request: Backward) -> BackwardReply:
+    def _most_rows(self, request: Backward) -> int:
+        """On the device: how many rows of the request may be under way. Raises `BadRequest`."""
+        served, model = self._served, self._served.model
+        if self._backward_memory is None:
+            self._backward_memory = backward_memory(model)
+        memory = self._backward_memory
+        limit_bytes = served.training_bytes or memory.default_bytes(model.span.num_blocks)
+        num_tokens = request.hidden_states.shape[1]
+        return most_rows(memory, limit_bytes, num_tokens, request.span, request.tuning, served.max_length)
+
+    async def _read_tuning(self, request: OpenSession) -> SpanTuning | None:
         """Raises `BadRequest`."""
-        raise BadRequest("this server runs forward only", peer_id)
+        if request.tuning is None:
+            return None
+        read = partial(read_tuning, request.tuning, request.span, self._served.model)
+        return await self._shared.device.run(read)
 
     async def _get_in(self, tenant: Tenant, request: OpenSession) -> None:
         """Waits for room as long as the client does."""

@@ -199,7 +199,7 @@ async def _num_blocks_to_choose(
         return None
     num_blocks = config.num_blocks
     if num_blocks is None:
-        count = await device.run(partial(opened.count_blocks, config.kv_cache))
+        count = await device.run(partial(opened.count_blocks, config.kv_cache, config.training_memory))
         events("sized", **asdict(count))
         num_blocks = count.num_blocks
     return None if num_blocks == opened.num_blocks else num_blocks

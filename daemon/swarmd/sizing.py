@@ -6,13 +6,14 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 from p2pswarm.core.byte_sizes import format_byte_size
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.span import Span
 from swarmd.kv_size import MIN_TOKENS, SENSIBLE_TOKENS, KVBytes, KVSize, KVTokens
+from swarmd.training_memory import BackwardMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,8 @@ class BlockNeeds:
     """Keys and values of one token in one block."""
     working_bytes: int
     """Of the largest pass, and of whatever else is there only for a while; for any number of blocks."""
+    backward: BackwardMemory = field(default_factory=BackwardMemory)
+    """Of gradients, which run when no pass does."""
 
     @property
     def num_blocks(self) -> int:
@@ -50,14 +53,29 @@ class BlockCount:
     kv_bytes: int
     """Kept for the KV cache."""
     working_bytes: int
+    """For what runs, one thing at a time: passes through the blocks, and gradients back."""
 
 
-def count_blocks(needs: BlockNeeds, free_bytes: int, spare_share: float, kv_size: KVSize | None) -> BlockCount:
-    """As many blocks as fit beside their KV cache. Raises `ConfigError` where not even one does."""
+def count_blocks(
+    needs: BlockNeeds,
+    free_bytes: int,
+    spare_share: float,
+    kv_size: KVSize | None,
+    training_bytes: int | None = None,
+) -> BlockCount:
+    """As many blocks as fit beside their KV cache. Raises `ConfigError` where not even one does.
+
+    `training_bytes`: what gradients may take; None: what they take by default.
+    """
+
+    def working_bytes(num_blocks: int) -> int:
+        gradients = needs.backward.default_bytes(num_blocks) if training_bytes is None else training_bytes
+        return max(needs.working_bytes, gradients)
+
     usable_bytes = int(free_bytes * (1 - spare_share))
     for num_blocks in range(needs.num_blocks, 0, -1):
         kv_bytes = kept_kv_bytes(needs, num_blocks, kv_size)
-        if needs.largest_span_bytes(num_blocks) + kv_bytes + needs.working_bytes <= usable_bytes:
+        if needs.largest_span_bytes(num_blocks) + kv_bytes + working_bytes(num_blocks) <= usable_bytes:
             return BlockCount(
                 num_blocks,
                 needs.num_blocks,
@@ -65,16 +83,17 @@ def count_blocks(needs: BlockNeeds, free_bytes: int, spare_share: float, kv_size
                 spare_bytes=free_bytes - usable_bytes,
                 block_bytes=sum(needs.weights_bytes) // needs.num_blocks,
                 kv_bytes=kv_bytes,
-                working_bytes=needs.working_bytes,
+                working_bytes=working_bytes(num_blocks),
             )
     weights_bytes, kv_bytes = needs.largest_span_bytes(1), kept_kv_bytes(needs, 1, kv_size)
-    wanted_bytes = weights_bytes + kv_bytes + needs.working_bytes
+    wanted_bytes = weights_bytes + kv_bytes + working_bytes(1)
     raise ConfigError(
         f"too little memory for one block: {format_byte_size(usable_bytes)} can be used "
         f"({format_byte_size(free_bytes)} are free), wanted {format_byte_size(wanted_bytes)} "
         f"({format_byte_size(weights_bytes)} weights, {format_byte_size(kv_bytes)} KV cache, "
-        f"{format_byte_size(needs.working_bytes)} to work in). End other programs, or try a smaller dtype (--dtype "
-        "bfloat16), quantized weights (--quant nf4) or a smaller KV cache (--kv-cache 2048)"
+        f"{format_byte_size(working_bytes(1))} to work in). End other programs, or try a smaller dtype (--dtype "
+        "bfloat16), quantized weights (--quant nf4), a smaller KV cache (--kv-cache 2048) or less for training "
+        "(--training-memory 64MiB)"
     )
 
 

@@ -7,7 +7,8 @@ was evicted from memory (`swarmd/memory.py`): its next step says so.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import cast
 
@@ -17,6 +18,7 @@ import trio
 
 from p2pswarm.blocks.kv_pool import KVPool
 from p2pswarm.blocks.span_model import BatchedStep, PreparedStep, SpanModel
+from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.core.errors import SessionLost
 from p2pswarm.core.ids import PeerId
 from p2pswarm.wire.codecs import encode_tensor
@@ -60,10 +62,20 @@ class SpanSession:
     """The steps of one session; `close` gives its room back."""
 
     def __init__(
-        self, shared: Shared, peer_id: PeerId, request: OpenSession, tenant: Tenant, *, max_position: int
+        self,
+        shared: Shared,
+        peer_id: PeerId,
+        request: OpenSession,
+        tenant: Tenant,
+        tuning: SpanTuning | None = None,
+        *,
+        max_position: int,
     ) -> None:
-        """`tenant`: its place in the memory, which the session gives up when it is closed."""
-        self.request = request
+        """`tenant`: its place in the memory."""
+        self.request = replace(request, tuning=None)  # which is here on the device
+        self.tuning = tuning
+        self.held = ExitStack()
+        """What it gives back when it is closed; filled by who opens it."""
         self.cache = shared.model.new_cache(request.batch_size, request.span, request.max_length, shared.pool)
         self.padding = Padding(request.batch_size, request.max_length)
         self.prepared: PreparedStep | None = None
@@ -146,7 +158,8 @@ class SpanSession:
 
     def _leave(self) -> None:
         self._leave_memory()
-        self._shared.memory.leave(self._tenant)
+        self.tuning = None
+        self.held.close()
 
     def _leave_memory(self) -> None:
         """Holds no pages any more; a step that waits is over."""
@@ -211,7 +224,8 @@ class StepJob:
         """None for what only `SpanModel.run` can do."""
         session, step, tensors = self._session, self._step, self._tensors
         is_plain = step.num_tokens == 1 and tensors.mask is None and tensors.position_ids is None
-        if not is_plain or not session.model.can_batch or session.padding.mask(step.position) is not None:
+        is_padded = session.padding.mask(step.position) is not None
+        if not is_plain or is_padded or session.tuning is not None or not session.model.can_batch:
             return None
         return session.request.span, session.request.adapter
 
@@ -236,8 +250,11 @@ class StepJob:
             blocks=session.request.span,
             prepared=prepared,
             adapter=session.request.adapter,
+            tuning=session.tuning,
         )
         return answer.to(sent.dtype)
 
     def _encoded(self, answer: torch.Tensor) -> WireTensor:
+        if self._session.tuning is not None:  # whatever it is, it must not look as if this server computed nonsense
+            checks.checked_answer("hidden states", answer, self._session.model.dtype)
         return encode_tensor(answer.to(self._tensors.hidden_states.dtype), self._session.request.codec)

@@ -1,9 +1,10 @@
-"""How much memory a pass through a model takes beside weights and KV cache, measured by running one.
+"""How much memory passes through a model take beside weights and KV cache, measured by running some.
 
 Counted are the bytes of all tensors that live at the same time, as torch makes and frees them, so that the figure is
 exact and the same on every machine; scratch space within one operation is not seen.
 """
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from p2pswarm.blocks.span_model import SpanModel
+from p2pswarm.core.span import Span
+from swarmd.training_memory import BackwardMemory, Growth
 
 MEASURED_MULTIPLICATIONS = 5e8
 """As many as one core manages in some hundredths of a second."""
+MAX_MEASURED_ROW = 16
+"""Tokens of the shortest row whose gradients are computed; the longest has four times as many."""
 
 
 def working_memory_bytes(model: SpanModel, num_weights: int, max_tokens: int) -> int:
@@ -28,6 +33,53 @@ def working_memory_bytes(model: SpanModel, num_weights: int, max_tokens: int) ->
     return long + max(0, long - short) * (max_tokens - 2 * num_tokens) // num_tokens
 
 
+def backward_memory(model: SpanModel) -> BackwardMemory:
+    """What gradients take, by those of three rows in one block, of which each is twice as long as the one before.
+
+    They are short, by the weights that a block of this size usually has. What grows with the square of the length is
+    little in short rows; so it is looked for at every moment, and not only at those that take most.
+    """
+    if not model.can_train:
+        return BackwardMemory()
+    num_weights = 12 * model.hidden_size**2
+    num_tokens = max(2, min(MAX_MEASURED_ROW, int(MEASURED_MULTIPLICATIONS / 16 / num_weights)))
+    histories = [backward_history(model, num_tokens * factor) for factor in (1, 2, 4)]
+    if len({len(history) for history in histories}) > 1:  # it does something else with longer rows
+        histories = [[max(history)] for history in histories]
+    fixed_bytes, moments = 0.0, set()
+    for short, middle, long in zip(*histories, strict=True):
+        square_bytes = (long - 3 * middle + 2 * short) / (6 * num_tokens**2)
+        growth = Growth((middle - short) / num_tokens - 3 * num_tokens * square_bytes, square_bytes)
+        fixed_bytes = max(fixed_bytes, short - growth.row_bytes(num_tokens))
+        moments.add(growth)
+    return BackwardMemory(math.ceil(fixed_bytes), _largest(moments), model.hidden_size * model.dtype.itemsize)
+
+
+def _largest(moments: set[Growth]) -> tuple[Growth, ...]:
+    """Those that are not below another in both."""
+    found: list[Growth] = []
+    for moment in sorted(moments, key=lambda moment: (-moment.square_bytes, -moment.token_bytes)):
+        if not found or moment.token_bytes > found[-1].token_bytes:
+            found.append(moment)
+    return tuple(found)
+
+
+def backward_history(model: SpanModel, num_tokens: int) -> list[int]:
+    """Bytes at each moment while one row goes through one block, all that came for it included.
+
+    Some of it is padding, since masks take memory too.
+    """
+    block = Span(model.span.start, model.span.start + 1)
+    mask = torch.ones(1, num_tokens, dtype=torch.bool)
+    mask[:, : num_tokens // 2] = False
+
+    def go_back() -> None:
+        hidden_states, grad_outputs = (torch.zeros(1, num_tokens, model.hidden_size) for _ in range(2))
+        model.run_backward(hidden_states, grad_outputs, attention_mask=mask, blocks=block)
+
+    return tensor_bytes(go_back)
+
+
 def _pass_bytes(model: SpanModel, num_tokens: int) -> int:
     hidden_states = torch.zeros(1, num_tokens, model.hidden_size)
     return peak_tensor_bytes(lambda: model.run(hidden_states, None, position=0))
@@ -35,10 +87,15 @@ def _pass_bytes(model: SpanModel, num_tokens: int) -> int:
 
 def peak_tensor_bytes(function: Callable[[], object]) -> int:
     """The most bytes that tensors made by `function` take at any one time."""
+    return max(tensor_bytes(function), default=0)
+
+
+def tensor_bytes(function: Callable[[], object]) -> list[int]:
+    """How many bytes tensors made by `function` take, after each operation."""
     with _LiveTensors() as live, torch.inference_mode():
         function()
-    peak_bytes: int = live.peak_bytes
-    return peak_bytes
+    history: list[int] = live.history
+    return history
 
 
 class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -46,7 +103,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.peak_bytes = 0
+        self.history: list[int] = []
         self._live_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """By address: those that live, and those that were there before."""
@@ -64,6 +121,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = function(*arguments, **named)
         for tensor in tree_iter(result):
             self._note(tensor)
+        self.history.append(self._live_bytes)
         return result
 
     def _note(self, tensor: object, counted_bytes: int | None = None) -> None:
@@ -81,4 +139,3 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         self._known[address] = weakref.ref(storage, forget)
         self._live_bytes += num_bytes
-        self.peak_bytes = max(self.peak_bytes, self._live_bytes)

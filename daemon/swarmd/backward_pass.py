@@ -1,0 +1,101 @@
+"""Gradients back through the span, for rows without a session: some rows at a time, each in stages.
+
+How many rows are under way is bounded by the memory there is for them (`swarmd/training_memory.py`), and the scheduler
+lets only one request have rows under way; so what all requests together take is bounded too, but for what they sent and
+what they are answered, which is counted where messages are received.
+"""
+
+from typing import Any
+
+import torch
+import trio
+
+from p2pswarm.blocks.tuning import SpanTuning
+from p2pswarm.core.ids import PeerId
+from p2pswarm.wire.codecs import encode_tensor
+from p2pswarm.wire.messages import Backward, BackwardReply
+from swarmd import checks
+from swarmd.batch_tensors import BackwardTensors
+from swarmd.rows_back import Rows, RowsBack, num_stages
+from swarmd.scheduling.work import Kind, Part, Work
+from swarmd.span_session import Shared
+from swarmd.tunings import write_gradients
+
+
+class BackwardJob:
+    """A `dispatcher.Job`, which gives a `BackwardReply`."""
+
+    def __init__(
+        self, shared: Shared, peer_id: PeerId, request: Backward, tensors: BackwardTensors, max_rows: int
+    ) -> None:
+        """`max_rows`: how many there is memory for at a time."""
+        self._shared = shared
+        self._request = request
+        self._tensors = tensors
+        self._under_way: RowsBack | None = None
+        self._grad_inputs: list[torch.Tensor] = []
+        """Of the rows that are done."""
+        self._grad_tuning: SpanTuning | None = None
+        """The sum over the rows that are done."""
+        num_rows, num_tokens, _ = request.hidden_states.shape
+        self.work = Work(
+            Kind.BACKWARD,
+            peer_id,
+            num_rows,
+            num_tokens,
+            trio.current_time(),
+            num_stages=num_stages(request.span),
+            max_rows=max_rows,
+        )
+
+    def make_room(self, part: Part) -> None:
+        """Nothing: the rows that are under way have their room."""
+
+    def run(self, part: Part) -> BackwardReply | None:
+        under_way = self._under_way or self._begin(part.num_rows)
+        self._under_way = under_way
+        under_way.go_on(part.num_stages)
+        if under_way.is_done:
+            self._take_up(under_way)
+            self._under_way = None
+            if self.work.rows_done + part.num_rows == self.work.num_rows:
+                return self._reply()
+        return None
+
+    def run_together(self, jobs: Any) -> Any:
+        raise AssertionError("backward passes run alone")
+
+    def prepare_next(self) -> None:
+        """Nothing: no other request goes on from this one."""
+
+    def _begin(self, num_rows: int) -> RowsBack:
+        tensors, start = self._tensors, self.work.rows_done
+        rows = slice(start, start + num_rows)
+        return RowsBack(
+            self._shared.model,
+            self._request.span,
+            Rows(
+                tensors.hidden_states[rows],
+                tensors.grad_outputs[rows],
+                None if tensors.mask is None else tensors.mask[rows],
+                None if tensors.position_ids is None else tensors.position_ids[rows],
+                self._request.adapter,
+                tensors.tuning,
+            ),
+        )
+
+    def _take_up(self, done: RowsBack) -> None:
+        self._grad_inputs.append(done.grad_inputs.to("cpu", self._tensors.hidden_states.dtype))
+        gradients = done.grad_tuning
+        if gradients is not None:
+            self._grad_tuning = gradients if self._grad_tuning is None else self._grad_tuning.plus(gradients)
+
+    def _reply(self) -> BackwardReply:
+        """Raises `BadRequest`, `CodecError`."""
+        request, dtype = self._request, self._shared.model.dtype
+        grad_inputs = checks.checked_answer("gradients", torch.cat(self._grad_inputs), dtype)
+        grad_tuning = None
+        if request.tuning is not None:
+            assert self._grad_tuning is not None
+            grad_tuning = write_gradients(self._grad_tuning, request.tuning)
+        return BackwardReply(encode_tensor(grad_inputs, request.codec), grad_tuning)

@@ -1,0 +1,117 @@
+"""Gradients through a served span: those of autograd, in parts of any size, with what clients bring along."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from trio.testing import MockClock
+
+from p2pswarm.blocks.adapters import LowRank
+from p2pswarm.blocks.pages import PAGE_TOKENS
+from p2pswarm.blocks.span_model import SpanModel
+from p2pswarm.blocks.tuning import SpanTuning
+from p2pswarm.checkpoint.checkpoint import Checkpoint
+from p2pswarm.core.ids import PeerId
+from p2pswarm.core.span import Span
+from p2pswarm.wire.codecs import decode_tensor, encode_tensor
+from p2pswarm.wire.messages import Backward
+from p2pswarm.wire.tuning import TunedLayer, WireTuning
+from swarmd.device_thread import InlineDevice
+from swarmd.handler import Served, SpanService
+from swarmd.scheduling.work import Kind
+
+SPAN = Span(2, 6)
+HIDDEN_SIZE = 64
+MAX_LENGTH = 64
+CACHE_TOKENS = 8 * PAGE_TOKENS
+RANK, PROMPT_TOKENS = 3, 5
+LAYERS = {"self_attn.q_proj": (64, 64), "mlp.down_proj": (128, 64)}
+CLIENT = PeerId("trainer")
+
+
+@dataclass
+class World:
+    service: SpanService
+    model: SpanModel
+    checkpoint: Checkpoint
+
+    def request(self, states: torch.Tensor, gradients: torch.Tensor, **more: Any) -> Backward:
+        written = {
+            name: encode_tensor(value) if isinstance(value, torch.Tensor) else value for name, value in more.items()
+        }
+        return Backward(self.checkpoint.model_id, SPAN, encode_tensor(states), encode_tensor(gradients), **written)
+
+
+def open_world(checkpoint: Checkpoint, model: SpanModel, **more: Any) -> World:
+    pool = model.new_pool(CACHE_TOKENS // PAGE_TOKENS)
+    served = Served(checkpoint.model_id, model, pool, MAX_LENGTH, **more)
+    return World(SpanService(served, InlineDevice(), lambda: pytest.fail("nobody asks")), model, checkpoint)
+
+
+@pytest.fixture
+async def world(tiny_checkpoint: Checkpoint, tiny_span: SpanModel) -> World:
+    return open_world(tiny_checkpoint, tiny_span)
+
+
+def tuning_of(span: Span = SPAN, seed: int = 3) -> SpanTuning:
+    generator = torch.Generator().manual_seed(seed)
+    prompts = torch.randn(span.num_blocks, PROMPT_TOKENS, HIDDEN_SIZE, generator=generator)
+    layers = {
+        index: {
+            path: LowRank(
+                torch.randn(RANK, inputs, generator=generator) / 8, torch.randn(outputs, RANK, generator=generator) / 8
+            )
+            for path, (inputs, outputs) in LAYERS.items()
+        }
+        for index in range(span.start, span.end - 1)
+    }
+    return SpanTuning(span, prompts, layers)
+
+
+def wired(tuning: SpanTuning) -> WireTuning:
+    layers = [
+        TunedLayer(index, path, encode_tensor(pair.down), encode_tensor(pair.up))
+        for index, pairs in sorted(tuning.layers.items())
+        for path, pair in sorted(pairs.items())
+    ]
+    return WireTuning(None if tuning.prompts is None else encode_tensor(tuning.prompts), tuple(layers))
+
+
+def tensors_of(tuning: WireTuning | None) -> list[torch.Tensor]:
+    assert tuning is not None
+    return [decode_tensor(tensor) for tensor in tuning.tensors()]
+
+
+def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    return bool(torch.dist(got, expected) <= 1e-4 * expected.norm())
+
+
+@pytest.mark.parametrize(
+    ("most_tokens", "max_rows", "num_parts"),
+    [(10_000, None, 1), (10_000, 2, 3), (20, None, 3), (3, None, 18), (1, 1, 35)],
+)
+async def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(
+    most_tokens: int, max_rows: int | None, num_parts: int, autojump_clock: MockClock, world: World
+) -> None:
+    world.service.dispatcher.costs.tokens_within = lambda kind, time_s: most_tokens  # type: ignore[method-assign]
+    if max_rows is not None:
+        world.service._most_rows = lambda request: max_rows  # type: ignore[method-assign]
+    states, gradients = torch.randn(2, 5, 8, HIDDEN_SIZE)
+    mask = torch.ones(5, 8, dtype=torch.bool)
+    mask[3, :2] = False
+    position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    tuning = tuning_of()
+    expected = world.model.run_backward(
+        states, gradients, attention_mask=mask, position_ids=position_ids, tuning=world.model.fit_tuning(tuning)
+    )
+    reply = await world.service.backward(
+        CLIENT, world.request(states, gradients, attention_mask=mask, position_ids=position_ids, tuning=wired(tuning))
+    )
+    assert close(decode_tensor(reply.grad_inputs), expected.inputs)
+    assert expected.tuning is not None
+    for got, wanted in zip(tensors_of(reply.grad_tuning), tensors_of(wired(expected.tuning)), strict=True):
+        assert close(got, wanted)
+    statistics = world.service.dispatcher.statistics()
+    assert statistics.num_tokens[Kind.BACKWARD] == 40
+    assert statistics.num_parts == {Kind.BACKWARD: num_parts}

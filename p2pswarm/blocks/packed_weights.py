@@ -1,15 +1,16 @@
 """Linear layers laid out for decoding on a CPU, where one token takes as long as reading the weights does.
 
 Two things make that reading faster, and change no module's interface. Layers that are given the same tensor (queries,
-keys and values; gate and up) lie side by side in one matrix, and for few tokens the first of them computes all.
-Matrices that are wider than high, such as these, are stored by columns, so that a token's output is a sum of contiguous
-columns; a batch of a few tokens goes the same way, by a kernel of ours (`column_kernel.py`). Prompts go through each
-layer by itself, in the order of operations they had before.
+keys and values; gate and up) lie side by side in one matrix, and for few tokens the first of them computes all. And
+matrices are stored by columns, so that a token's output is a sum of contiguous columns: a kernel of ours adds them up for
+one token or a batch of some (`column_kernel.py`). Where it is not to be had, MKL does so for one token, in those matrices
+that are wider than high; high ones are left as they are. Prompts go through each layer by itself, as they did.
 
-Measured with MKL on one core of an AMD EPYC, one token through the linear layers of ten blocks of SmolLM2-135M in
-float32: 9.3 ms as loaded, 7.2 packed; adding up all weights takes 7. High matrices become slower by columns (1.7 -> 2.3
-ms), and so does everything in bfloat16, for which torch has no fast way through columns (6 to 38 times slower). On two
-threads a step through ten whole blocks takes 11 ms packed, 15 as loaded: fewer multiplications wait for one another.
+Measured on one core of an AMD EPYC, one token through the linear layers of ten blocks of SmolLM2-135M in float32: 9.3 ms
+as loaded, 7.2 packed for MKL, 6.4 for the kernel; adding up all weights takes 7. By MKL, high matrices become slower by
+columns (1.7 -> 2.3 ms), and so does everything in bfloat16, for which torch has no fast way through columns (6 to 38 times
+slower). On two threads a step through ten whole blocks takes 11 ms packed for MKL, 15 as loaded: fewer multiplications
+wait for one another.
 
 Which layers share an input is seen by running one token; nothing here knows how an architecture names them.
 """
@@ -23,7 +24,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from p2pswarm.blocks.column_kernel import find_column_kernel
+from p2pswarm.blocks.column_kernel import find_column_kernel, new_columns
 
 MAX_THREADS = 2
 """With how many threads the gain was measured."""
@@ -49,8 +50,8 @@ def pack_weights(model: nn.Module, run_one_token: Callable[[], object]) -> None:
 
 def pack_layer(layer: nn.Module) -> None:
     """Stores one layer by columns, where that makes it faster. It may be moved, changed and shared as before."""
-    if isinstance(layer, nn.Linear) and _can_be_packed(layer) and layer.out_features > layer.in_features:
-        layer.weight.data = layer.weight.data.t().contiguous().t()
+    if isinstance(layer, nn.Linear) and _can_be_packed(layer) and _pays(layer.in_features, layer.out_features):
+        layer.weight.data = new_columns(layer.in_features, layer.out_features).copy_(layer.weight.data.t()).t()
         layer.__class__ = ColumnLinear
 
 
@@ -58,10 +59,8 @@ class ColumnLinear(nn.Linear):
     """A linear layer whose weight is stored by columns."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        columns = self.weight.t()
-        if _are_few(states, columns):
-            return _multiply(states, columns, self.bias)
-        return F.linear(states, self.weight, self.bias)
+        output = _multiply_few(states, self.weight.t(), self.bias)
+        return F.linear(states, self.weight, self.bias) if output is None else output
 
 
 class JoinedLinear(nn.Linear):
@@ -71,9 +70,8 @@ class JoinedLinear(nn.Linear):
     index: int
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if _are_few(states, self.matrix.columns):
-            return self.matrix.output(self.index, states)
-        return F.linear(states, self.weight, self.bias)
+        output = self.matrix.output(self.index, states)
+        return F.linear(states, self.weight, self.bias) if output is None else output
 
 
 class _Matrix:
@@ -88,35 +86,29 @@ class _Matrix:
         self._outputs: list[torch.Tensor | None] = []
         """Of `_states`, those not yet asked for: each is handed out once, so none outlives a change of its input."""
 
-    def output(self, index: int, states: torch.Tensor) -> torch.Tensor:
+    def output(self, index: int, states: torch.Tensor) -> torch.Tensor | None:
+        """That of a layer; None for many tokens."""
         if states is not self._states or (output := self._outputs[index]) is None:
-            outputs = _multiply(states, self.columns, self._bias).split_with_sizes(self._widths, -1)
+            joint_output = _multiply_few(states, self.columns, self._bias)
+            if joint_output is None:
+                return None
+            outputs = joint_output.split_with_sizes(self._widths, -1)
             self._states, self._outputs, output = states, list(outputs), outputs[index]
         self._outputs[index] = None
         return output
 
 
-def _are_few(states: torch.Tensor, columns: torch.Tensor) -> bool:
-    """Whether columns pay: for one token, and where the kernel is to be had for a batch of them; never for states whose
-    gradients are wanted, which a matrix would keep.
-    """
-    if states.numel() == columns.shape[0]:
-        return not states.requires_grad
-    kernel = find_column_kernel()
-    return kernel is not None and kernel.is_for(states, columns)
-
-
-def _multiply(states: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """Few tokens' states times a matrix `[inputs, outputs]`."""
+def _multiply_few(states: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Few tokens' states times a matrix `[inputs, outputs]`; None where there are too many to go through it at once."""
     num_inputs, num_outputs = columns.shape
-    if states.numel() == num_inputs:
-        num_parts = _num_parts(num_inputs)
-        parts = columns.view(num_parts, -1, num_outputs)
-        total = torch.bmm(states.reshape(num_parts, 1, -1), parts).sum(0)
-    else:
-        kernel = find_column_kernel()
-        assert kernel is not None
+    kernel = find_column_kernel()
+    if kernel is not None and kernel.is_for(states, columns):
         total = kernel.multiply(states.reshape(-1, num_inputs), columns)
+    elif states.numel() == num_inputs:
+        num_parts = _num_parts(num_inputs)
+        total = torch.bmm(states.reshape(num_parts, 1, -1), columns.view(num_parts, -1, num_outputs)).sum(0)
+    else:
+        return None
     if bias is not None:
         total += bias
     return total if states.ndim == 2 else total.view(*states.shape[:-1], -1)
@@ -148,6 +140,11 @@ def _can_be_packed(layer: nn.Linear) -> bool:
     has_mkl = torch.backends.mkl.is_available()  # type: ignore[no-untyped-call]
     is_known = weight.device.type == "cpu" and weight.dtype == torch.float32 and has_mkl
     return is_plain and is_known and torch.get_num_threads() <= MAX_THREADS and not weight.requires_grad
+
+
+def _pays(num_inputs: int, num_outputs: int) -> bool:
+    """Whether columns make a layer faster: by our kernel always, by MKL where there are few of them to add up."""
+    return num_outputs > num_inputs or find_column_kernel() is not None
 
 
 def _record_calls(layers: Iterable[nn.Linear], run_one_token: Callable[[], object]) -> list[_Call]:
@@ -182,14 +179,14 @@ def _groups(calls: Sequence[_Call]) -> list[list[nn.Linear]]:
 
 
 def _join(layers: Sequence[nn.Linear]) -> None:
-    widths = [layer.out_features for layer in layers]
-    if sum(widths) <= layers[0].in_features:
+    num_inputs, widths = layers[0].in_features, [layer.out_features for layer in layers]
+    if not _pays(num_inputs, sum(widths)):
         return
-    columns = torch.cat([layer.weight.data for layer in layers]).t().contiguous()
+    columns = new_columns(num_inputs, sum(widths))
     biases = [layer.bias.data for layer in layers if layer.bias is not None]
     matrix = _Matrix(columns, torch.cat(biases) if biases else None, widths)
     for index, (layer, own_columns) in enumerate(zip(layers, torch.split(columns, widths, dim=1), strict=True)):
-        layer.weight.data = own_columns.t()
+        layer.weight.data = own_columns.copy_(layer.weight.data.t()).t()
         layer.__class__ = JoinedLinear
         assert isinstance(layer, JoinedLinear)
         layer.matrix, layer.index = matrix, index

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from p2pswarm.blocks import packed_weights
 from p2pswarm.blocks.packed_weights import MAX_THREADS, ColumnLinear, JoinedLinear, pack_layer, pack_weights
 
 SIZE = 8
@@ -18,6 +19,14 @@ def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True, params=["kernel", "no kernel"])
+def kernel_or_not(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "no kernel":
+            patch.setattr(packed_weights, "find_column_kernel", lambda: None)
+        yield
 
 
 class Gated(nn.Module):
@@ -59,9 +68,8 @@ def test_a_packed_model_gives_the_answers_it_gave(inner: int, bias: bool, batch_
 def test_layers_with_one_input_lie_in_one_matrix() -> None:
     model, plain = gated(bias=True), gated(bias=True)
     pack(model)
-    assert [type(layer) for layer in (model.gate, model.up, model.down)] == [JoinedLinear, JoinedLinear, nn.Linear]
+    assert type(model.gate) is type(model.up) is JoinedLinear
     assert model.gate.weight.untyped_storage().data_ptr() == model.up.weight.untyped_storage().data_ptr()
-    assert model.down.weight.is_contiguous()
     for (name, weight), (expected_name, expected) in zip(
         model.named_parameters(), plain.named_parameters(), strict=True
     ):
@@ -123,17 +131,18 @@ def test_a_single_wide_layer_is_stored_by_columns_and_may_be_moved_and_trained()
     expected = layer(states)
     pack_layer(layer)
     assert type(layer) is ColumnLinear
-    assert layer.weight.t().is_contiguous()
+    assert layer.weight.stride(0) == 1
     torch.testing.assert_close(layer(states), expected)
     torch.testing.assert_close(layer.double()(states.double()), expected.double(), rtol=1e-5, atol=1e-5)
     layer.requires_grad_(True)(states.double()).sum().backward()
     assert layer.weight.grad is not None
 
 
-def test_a_high_layer_is_left_alone() -> None:
-    layer = nn.Linear(512, 512).requires_grad_(False)
-    pack_layer(layer)
-    assert type(layer) is nn.Linear
+def test_a_high_layer_is_stored_by_columns_where_there_is_the_kernel() -> None:
+    model = gated()
+    pack(model)
+    assert type(model.down) is (nn.Linear if packed_weights.find_column_kernel() is None else ColumnLinear)
+    assert model.down.weight.is_contiguous() is (type(model.down) is nn.Linear)
 
 
 def test_a_column_is_summed_up_as_exactly_as_a_row() -> None:

@@ -76,6 +76,10 @@ def _of_engine(engine: EngineStatistics) -> Iterable[Metric]:
     yield GaugeMetricFamily("swarmd_kv_capacity_tokens", "KV cache in all", memory.total_tokens)
     yield GaugeMetricFamily("swarmd_kv_waiting_sessions", "Sessions that wait for KV cache", memory.num_queued)
     yield CounterMetricFamily("swarmd_kv_evictions", "Sessions that had to leave a full KV cache", memory.num_evicted)
+    tunings = engine.tunings
+    yield GaugeMetricFamily("swarmd_tunings", "Calls and sessions that brought a tuning along", tunings.num_held)
+    yield GaugeMetricFamily("swarmd_tuning_used_bytes", "Memory of these tunings", tunings.used_bytes)
+    yield GaugeMetricFamily("swarmd_tuning_capacity_bytes", "Memory for tunings in all", tunings.total_bytes)
 
 
 def _counter(name: str, what: str, label: str, counts: Mapping[Key, float]) -> Metric:

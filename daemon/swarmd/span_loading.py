@@ -80,7 +80,7 @@ class ModelLoader:
             waiting=service.dispatcher,
             at_speed=lambda announced: speed.announced(announced, self._line.bits_per_s),
             probe=partial(probe, service, info, loaded.model.hidden_size),
-            statistics=partial(engine_statistics, service.dispatcher, service.memory),
+            statistics=partial(engine_statistics, service.dispatcher, service.memory, service.tunings),
         )
 
     async def free(self) -> None:

@@ -109,6 +109,8 @@ class ServerStatistics:
                 "cache_tokens_total": engine.memory.total_tokens,
                 "num_queued": engine.memory.num_queued,
                 "num_evicted": engine.memory.num_evicted,
+                "num_tunings": engine.tunings.num_held,
+                "tuning_bytes": engine.tunings.used_bytes,
             }
         return fields
 

@@ -18,7 +18,7 @@ from p2pswarm.net.traffic import Traffic
 from p2pswarm.rpc.server import RpcStatistics
 from p2pswarm.wire.messages import ErrorCode
 from swarmd.config import ServerConfig, read_config
-from swarmd.engine_statistics import EngineStatistics, MemoryStatistics
+from swarmd.engine_statistics import EngineStatistics, MemoryStatistics, TuningStatistics
 from swarmd.events import JsonEvents, PlainEvents
 from swarmd.http_address import HttpAddress
 from swarmd.metrics import metrics_page
@@ -44,6 +44,7 @@ ENGINE = EngineStatistics(
         served_s={ANNA: 0.5, BOB: 2.5},
     ),
     MemoryStatistics(total_tokens=1024, tokens_left=896, num_queued=1, num_evicted=2),
+    TuningStatistics(num_held=3, used_bytes=4096, total_bytes=1 << 20),
 )
 RPC = RpcStatistics(
     num_peers=2,
@@ -139,6 +140,15 @@ swarmd_kv_waiting_sessions 1.0
 # HELP swarmd_kv_evictions_total Sessions that had to leave a full KV cache
 # TYPE swarmd_kv_evictions_total counter
 swarmd_kv_evictions_total 2.0
+# HELP swarmd_tunings Calls and sessions that brought a tuning along
+# TYPE swarmd_tunings gauge
+swarmd_tunings 3.0
+# HELP swarmd_tuning_used_bytes Memory of these tunings
+# TYPE swarmd_tuning_used_bytes gauge
+swarmd_tuning_used_bytes 4096.0
+# HELP swarmd_tuning_capacity_bytes Memory for tunings in all
+# TYPE swarmd_tuning_capacity_bytes gauge
+swarmd_tuning_capacity_bytes 1.048576e+06
 """
 
 

@@ -86,7 +86,7 @@ class BlocksDispatch:
     def __init__(self, forward_pass: ForwardPass, call: Call) -> None:
         self.tuning: Callable[[], Tuning | None] = lambda: None
         """What passes bring along that no session is around; asked at each pass, so that training shows in the next."""
-        self._forward_pass = forward_pass
+        self.forward_pass = forward_pass
         self._call = call
 
     def __call__(self, call: BlocksCall) -> torch.Tensor:
@@ -104,11 +104,9 @@ class BlocksDispatch:
     def run(self, blocks_pass: BlocksPass) -> torch.Tensor:
         """The hidden states after the blocks; differentiable where anything that goes in is. Blocking."""
         if blocks_pass.wants_gradients:
-            return run_differentiably(self._forward_pass.training, self._call, blocks_pass)
+            return run_differentiably(self.forward_pass.training, self._call, blocks_pass)
         plain = blocks_pass.detached()
-        result: torch.Tensor = self._call(
-            self._forward_pass.run, plain.batch, plain.adapter, plain.tuning, plain.blocks
-        )
+        result: torch.Tensor = self._call(self.forward_pass.run, plain.batch, plain.adapter, plain.tuning, plain.blocks)
         return result
 
 

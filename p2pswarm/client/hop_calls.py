@@ -15,11 +15,11 @@ import trio
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.link import at_hop, decode_finite
 from p2pswarm.client.model_servers import ModelServers, dtype_of
+from p2pswarm.client.single_error import single_error
 from p2pswarm.client.step_times import declared_step_s
 from p2pswarm.client.tuning import Tuning
 from p2pswarm.core.errors import BadAnswer, DeadlineExceeded, NetworkError, PeerUnreachable, RemoteError, RequestRefused
 from p2pswarm.core.ids import PeerId
-from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.routing.route import Hop
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.wire.codecs import decode_tensor, encode_tensor
@@ -119,10 +119,11 @@ class HopCalls:
         )
         late_after_s = times.late_after_s(num_tokens, declared_s, self._config.min_step_timeout_s)
         reply: Reply | None = None
-        async with open_transparent_nursery() as nursery:
-            nursery.start_soon(self._cancel_when_gone, hop.peer_id, late_after_s, nursery.cancel_scope)
-            reply = await ask(self._config.timeout_s(num_tokens))
-            nursery.cancel_scope.cancel()
+        with single_error():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._cancel_when_gone, hop.peer_id, late_after_s, nursery.cancel_scope)
+                reply = await ask(self._config.timeout_s(num_tokens))
+                nursery.cancel_scope.cancel()
         elapsed_s = trio.current_time() - asked_at_s
         if reply is None:
             raise DeadlineExceeded(f"no answer within {elapsed_s:.1f} s, nor a sign of life", hop.peer_id)

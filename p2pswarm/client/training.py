@@ -165,10 +165,14 @@ class TrainingPass:
 
 
 def _check_gradients(trail: Trail, grad_outputs: torch.Tensor) -> None:
-    inputs = [track.legs[0].inputs for track in trail.tracks if track.legs]
-    shape = [sum(each.shape[0] for each in inputs), *(inputs[0].shape[1:] if inputs else ())]
-    if not inputs or list(grad_outputs.shape) != shape:
-        raise ConfigError(f"the way back takes the gradient of what went forward, {shape}, got {grad_outputs.shape}")
+    if not all(track.legs for track in trail.tracks):
+        raise ConfigError("there is no way back: the batch went forward without keeping a trail")
+    inputs = [track.legs[0].inputs for track in trail.tracks]
+    shape = [sum(each.shape[0] for each in inputs), *inputs[0].shape[1:]]
+    if list(grad_outputs.shape) != shape:
+        raise ConfigError(
+            f"the way back takes the gradient of what came out forward, {shape}, got {list(grad_outputs.shape)}"
+        )
     if not is_finite(grad_outputs):
         raise ConfigError(
             "the loss's gradient for the blocks' output holds NaN or infinity; is the loss finite, the learning rate "

@@ -81,10 +81,11 @@ class Walker:
         or of all but the last."""
         states, legs, done = inputs, list[Leg](), blocks.start
         while done < blocks.end:
+            tried = Span(done, blocks.end)
             try:
-                route = await self._route(Span(done, blocks.end), terms, recovery)
+                route = await self._route(tried, terms, recovery)
                 for hop in route.hops:
-                    leg = Leg(hop, states)
+                    leg, tried = Leg(hop, states), hop.span
                     if to_the_end or hop.span.end < blocks.end:
                         started_at_s = trio.current_time()
                         states = await self._calls.forward(hop, states, terms)
@@ -94,7 +95,7 @@ class Walker:
                     if to_the_end:  # else it is not known yet whether the failure has been made up for
                         recovery = Recovery(self._config)
             except HOP_FAILURES as error:
-                self._note(error, Span(done, blocks.end), recovery)
+                self._note(error, tried, recovery)
             except MissingBlocksError as error:
                 await self._wait_for_blocks(error, terms, recovery)
         return states, legs

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+from p2pswarm.blocks.architecture import Head
 from p2pswarm.blocks.client_model import load_client_model
 from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel
@@ -24,6 +25,7 @@ from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.net.network import Network
+from p2pswarm.routing.bans import BanList
 from p2pswarm.routing.dstar_planner import DStarLitePlanner
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.server import RpcServer
@@ -34,6 +36,7 @@ from swarmd.handler import Served, SpanService
 
 CACHE_TOKENS = 32 * PAGE_TOKENS
 MAX_LENGTH = 200
+NUM_LABELS = 3
 LATENCY_S = 0.0005
 """As on one machine: tests of threads need a real clock."""
 SPANS = (Span(0, 3), Span(3, 4), Span(4, 8))
@@ -73,8 +76,9 @@ async def open_tiny_swarm(
     spans: Sequence[Span] = SPANS,
     config: ClientConfig | None = None,
     call: Call | None = None,
+    head: Head = Head.CAUSAL_LM,
 ) -> AsyncIterator[TinySwarm]:
-    """One server for each span, and a client."""
+    """One server for each span, and a client, whose model has that head (a classifier's is for three labels)."""
     config = config or ClientConfig(known_peers_path=None)
     async with AsyncExitStack() as stack:
         memory = MemoryNetwork(random.Random(5), Link(latency_s=LATENCY_S))
@@ -86,15 +90,12 @@ async def open_tiny_swarm(
             view.servers[network.peer_id] = info
             services[network.peer_id] = service
         network = await stack.enter_async_context(memory.node(100, listens=False))
-        yield TinySwarm(memory, client_model(checkpoint, network, view, config, call), view, services)
+        yield TinySwarm(memory, client_model(checkpoint, network, view, config, call, head), view, services)
 
 
-@asynccontextmanager
-async def serving(
-    network: Network, checkpoint: Checkpoint, part: SpanModel
-) -> AsyncIterator[tuple[ServerInfo, SpanService]]:
-    """A server of the part, without announcing itself."""
-    info = ServerInfo(
+def server_info(network: Network, checkpoint: Checkpoint, part: SpanModel) -> ServerInfo:
+    """What such a server would announce."""
+    return ServerInfo(
         peer_id=network.peer_id,
         model_id=checkpoint.model_id,
         span=part.span,
@@ -110,6 +111,14 @@ async def serving(
         max_length=MAX_LENGTH,
         adapters=part.adapter_ids,
     )
+
+
+@asynccontextmanager
+async def serving(
+    network: Network, checkpoint: Checkpoint, part: SpanModel
+) -> AsyncIterator[tuple[ServerInfo, SpanService]]:
+    """A server of the part, without announcing itself."""
+    info = server_info(network, checkpoint, part)
     async with open_device_thread() as device, open_transparent_nursery() as nursery:
         served = Served(checkpoint.model_id, part, part.new_pool(CACHE_TOKENS // PAGE_TOKENS), MAX_LENGTH)
         service = SpanService(served, device, lambda: InfoReply(info))
@@ -119,14 +128,21 @@ async def serving(
 
 
 def client_model(
-    checkpoint: Checkpoint, network: Network, view: FixedView, config: ClientConfig, call: Call | None = None
+    checkpoint: Checkpoint,
+    network: Network,
+    view: FixedView,
+    config: ClientConfig,
+    call: Call | None = None,
+    head: Head = Head.CAUSAL_LM,
 ) -> DistributedModel:
     """What `Swarm.load` makes, over a fixed view."""
     rpc = RpcClient(network)
     hidden_size: Any = checkpoint.config.hidden_size
     facts = ModelFacts(checkpoint.model_id, checkpoint.num_blocks, hidden_size)
-    servers = ModelServers(facts, view, DStarLitePlanner(), network, rpc, config)
+    planner = DStarLitePlanner(config.costs, bans=BanList(config.ban_s), random=random.Random(5))
+    servers = ModelServers(facts, view, planner, network, rpc, config)
     forward_pass = ForwardPass(servers, rpc, config)
     dispatch = BlocksDispatch(forward_pass, call or calls_into_loop())
-    shell = load_client_model(checkpoint, dispatch)
-    return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, rpc, config)
+    num_labels = NUM_LABELS if head is Head.SEQUENCE_CLASSIFICATION else None
+    shell = load_client_model(checkpoint, dispatch, head=head, num_labels=num_labels)
+    return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, rpc, config, head=head)

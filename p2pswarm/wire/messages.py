@@ -18,6 +18,8 @@ from p2pswarm.core.server_load import ServerLoad
 from p2pswarm.core.span import Span
 from p2pswarm.wire.fields import MAX_TEXT_CHARACTERS, is_identifier
 from p2pswarm.wire.frames import DEFAULT_LIMITS
+
+# Parts of the messages, which whoever makes one finds here too.
 from p2pswarm.wire.tensors import FLOAT_DTYPES as FLOAT_DTYPES
 from p2pswarm.wire.tensors import ITEM_BYTES as ITEM_BYTES
 from p2pswarm.wire.tensors import Codec as Codec

@@ -41,6 +41,8 @@ class AdapterFiles:
         names: list[str] = file.keys()
         self.shapes: Mapping[str, tuple[int, ...]] = {key: tuple(file.get_slice(key).get_shape()) for key in names}
         """Of the tensors, by name."""
+        self.metadata: Mapping[str, str] = file.metadata() or {}
+        """What was written beside them; they do not depend on it."""
         self._store = SafetensorsStore(dict.fromkeys(self.shapes, WEIGHTS_NAME), lambda _: weights)
 
     def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:

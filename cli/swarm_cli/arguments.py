@@ -53,12 +53,7 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     _add_dtype(command)
-    command.add_argument(
-        "--compression",
-        choices=("none", "float16", "bfloat16", "blockwise_int8"),
-        default="none",
-        help="how hidden states travel; other than none, the answers are no longer exactly the local model's",
-    )
+    _add_compression(command, "other than none, the answers are no longer exactly the local model's")
     _add_adapter(command)
     command.add_argument(
         "--exact", action="store_true", help="only servers with unquantized weights, so that the tokens are the model's"
@@ -92,6 +87,64 @@ def _demo_flags(command: argparse.ArgumentParser) -> None:
     _add_own_swarm(command)
     command.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="default: %(default)s")
     command.add_argument("--verify", action="store_true", help="compare with the tokens of the local model")
+
+
+def _finetune_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    command.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help='rows to learn from: {"text": ...}; {"prompt": ..., "completion": ...}, of which the completion is '
+        'learned; or {"text": ..., "label": ...} for a classifier',
+    )
+    command.add_argument(
+        "--method",
+        choices=("ptune", "deep_ptune", "lora"),
+        required=True,
+        help="what is trained: virtual tokens in front of each text, these and something at each block, or low-rank "
+        "matrices beside layers",
+    )
+    command.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="for the adapter and what is needed to go on"
+    )
+    _add_peers(command)
+    command.add_argument("--resume", action="store_true", help="go on where the training in DIR stopped")
+    command.add_argument("--json", action="store_true", help="print one JSON object at the end")
+    held_out = command.add_argument_group("rows held out", "Their loss is measured before, between and at the end.")
+    which = held_out.add_mutually_exclusive_group()
+    which.add_argument("--validation", type=Path, metavar="FILE.jsonl", help="these")
+    which.add_argument(
+        "--held-out", type=_part, default=0.1, metavar="SHARE", help="so many of the rows; default: %(default)s"
+    )
+    held_out.add_argument("--validate-every", type=_positive, metavar="STEPS", help="default: ten times in all")
+    learning = command.add_argument_group("how it is learned")
+    length = learning.add_mutually_exclusive_group()
+    length.add_argument("--epochs", type=_positive, default=3, metavar="N", help="default: %(default)s")
+    length.add_argument("--steps", type=_positive, metavar="N", help="instead of epochs")
+    learning.add_argument("--batch-size", type=_positive, default=8, metavar="ROWS", help="default: %(default)s")
+    learning.add_argument(
+        "--learning-rate", type=_above_0, metavar="RATE", help="default: ptune 0.02, deep_ptune 0.01, lora 0.001"
+    )
+    learning.add_argument("--rank", type=_positive, default=8, metavar="N", help="of lora; default: %(default)s")
+    learning.add_argument(
+        "--prompt-length", type=_positive, default=16, metavar="TOKENS", help="of ptune; default: %(default)s"
+    )
+    learning.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=512,
+        metavar="N",
+        help="of a row: longer texts become several rows, other long rows are an error; default: %(default)s",
+    )
+    learning.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    learning.add_argument(
+        "--save-every", type=_positive, default=50, metavar="STEPS", help="and when it stops; default: %(default)s"
+    )
+    _add_dtype(command)
+    _add_compression(command, "and their gradients; other than none, both lose bits")
+    _add_hub_flags(command)
 
 
 def _bench_flags(command: argparse.ArgumentParser) -> None:
@@ -135,6 +188,7 @@ COMMANDS = {
     "status": ("show models, servers, and blocks that nobody serves", _status_flags),
     "route": ("show the chain of servers that would be chosen now, and why", _route_flags),
     "demo": ("start servers on this machine, write some text with them, stop them", _demo_flags),
+    "finetune": ("tune a model of the swarm on your own rows; servers stay as they are", _finetune_flags),
     "bench": ("measure a swarm beside what it is held against, in the same run", _bench_flags),
 }
 
@@ -159,6 +213,15 @@ def _add_own_swarm(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--threads", type=_positive, default=1, metavar="N", help="torch threads of each process; default: %(default)s"
+    )
+
+
+def _add_compression(command: argparse.ArgumentParser, hint: str) -> None:
+    command.add_argument(
+        "--compression",
+        choices=("none", "float16", "bfloat16", "blockwise_int8"),
+        default="none",
+        help=f"how hidden states travel; {hint}",
     )
 
 
@@ -197,6 +260,20 @@ def _not_negative(text: str) -> float:
     number = float(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"a number from 0, not {text}")
+    return number
+
+
+def _above_0(text: str) -> float:
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number above 0, not {text}")
+    return number
+
+
+def _part(text: str) -> float:
+    number = float(text)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"a number between 0 and 1, not {text}")
     return number
 
 

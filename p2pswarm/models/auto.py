@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, NoReturn
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ class AutoDistributedModel:
 
     head: ClassVar[Head] = Head.NONE
 
-    def __init__(self) -> NoReturn:
+    def __init__(self) -> None:
         raise TypeError(f"use {type(self).__name__}.from_pretrained(MODEL, peers=[...])")
 
     @classmethod

@@ -26,7 +26,7 @@ struct sizes {
 INLINE void add_strip(int rows, int vectors, int depth, const float *x, const float *c, float *y, struct sizes size) {
     floats sums[GROUP][MOST_VECTORS];
     for (int row = 0; row < rows; row++)
-        for (int v = 0; v < vectors; v++) sums[row][v] = (floats){};
+        for (int v = 0; v < vectors; v++) sums[row][v] = (floats){0};
     for (int input = 0; input < depth; input++)
         for (int row = 0; row < rows; row++)
             for (int v = 0; v < vectors; v++)
@@ -46,17 +46,17 @@ INLINE void add_piece(int rows, int vectors, int depth, const float *x, const fl
     for (; i < count; i++)
         for (int row = 0; row < rows; row++) {
             float sum = 0;
-            for (int input = 0; input < depth; input++) sum += x[row * size.inputs + input] * c[input * size.stride + i];
+            for (int input = 0; input < depth; input++)
+                sum += x[row * size.inputs + input] * c[input * size.stride + i];
             y[row * size.outputs + i] += sum;
         }
 }
 
-static void multiply_one(const float *x, const float *columns, float *y, struct sizes size, int64_t count) {
-    int64_t input = 0;
-    for (; input + ONE_ROWS_DEPTH <= size.inputs; input += ONE_ROWS_DEPTH)
-        add_piece(1, ONE_ROWS_VECTORS, ONE_ROWS_DEPTH, x + input, columns + input * size.stride, y, size, count, 0, 0, 0);
-    for (; input < size.inputs; input++)
-        add_piece(1, ONE_ROWS_VECTORS, 1, x + input, columns + input * size.stride, y, size, count, 0, 0, 0);
+static void multiply_one(const float *x, const float *c, float *y, struct sizes size, int64_t count) {
+    int64_t left = size.inputs;
+    for (; left >= ONE_ROWS_DEPTH; left -= ONE_ROWS_DEPTH, x += ONE_ROWS_DEPTH, c += ONE_ROWS_DEPTH * size.stride)
+        add_piece(1, ONE_ROWS_VECTORS, ONE_ROWS_DEPTH, x, c, y, size, count, 0, 0, 0);
+    add_piece(1, ONE_ROWS_VECTORS, (int)left, x, c, y, size, count, 0, 0, 0);
 }
 
 /* A piece for all rows; meanwhile asks for `asked` inputs of the next one. */

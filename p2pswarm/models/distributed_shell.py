@@ -8,6 +8,7 @@ from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.portal import Portal
 from p2pswarm.client.swarm import Swarm
 from p2pswarm.models.inference_session import InferenceSession
+from p2pswarm.models.remote_sequential import RemoteSequential
 from p2pswarm.models.tuned_shell import TunedShell
 
 if TYPE_CHECKING:
@@ -41,6 +42,11 @@ class DistributedShell(TunedShell):
         """
         name = None if adapter is None else str(adapter)
         return InferenceSession(self.connection.portal, self.connection.model, max_length, name)
+
+    @property
+    def remote_blocks(self) -> RemoteSequential:
+        """All blocks, as a module of its own that can be sliced: hidden states in, hidden states out."""
+        return RemoteSequential(self.connection.model)
 
     @property
     def tokenizer(self) -> "PreTrainedTokenizerBase":

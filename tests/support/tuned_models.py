@@ -75,12 +75,12 @@ class Family:
 
 
 @torch.no_grad()
-def as_if_trained(model: Any, seed: int = 3) -> None:
+def as_if_trained(model: Any, seed: int = 3, size: float = 0.3) -> None:
     """Moves all parameters that are trained off their start, far enough that each changes the logits."""
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
 
 
 def with_peft(local: Any, folder: Path) -> Any:

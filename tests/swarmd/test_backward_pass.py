@@ -6,18 +6,17 @@ from typing import Any
 import pytest
 import torch
 import trio
+from tiny_tunings import tuning_of, wired
 from trio.testing import MockClock
 
-from p2pswarm.blocks.adapters import LowRank
 from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel
-from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.span import Span
 from p2pswarm.wire.codecs import decode_tensor, encode_tensor
 from p2pswarm.wire.messages import Backward, Codec, Forward
-from p2pswarm.wire.tuning import TunedLayer, WireTuning
+from p2pswarm.wire.tuning import WireTuning
 from swarmd.device_thread import InlineDevice
 from swarmd.handler import Served, SpanService
 from swarmd.scheduling.work import Kind
@@ -26,8 +25,6 @@ SPAN = Span(2, 6)
 HIDDEN_SIZE = 64
 MAX_LENGTH = 64
 CACHE_TOKENS = 8 * PAGE_TOKENS
-RANK, PROMPT_TOKENS = 3, 5
-LAYERS = {"self_attn.q_proj": (64, 64), "mlp.down_proj": (128, 64)}
 CLIENT = PeerId("trainer")
 
 
@@ -55,30 +52,6 @@ async def world(tiny_checkpoint: Checkpoint, tiny_span: SpanModel) -> World:
     return open_world(tiny_checkpoint, tiny_span)
 
 
-def tuning_of(span: Span = SPAN, seed: int = 3) -> SpanTuning:
-    generator = torch.Generator().manual_seed(seed)
-    prompts = torch.randn(span.num_blocks, PROMPT_TOKENS, HIDDEN_SIZE, generator=generator)
-    layers = {
-        index: {
-            path: LowRank(
-                torch.randn(RANK, inputs, generator=generator) / 8, torch.randn(outputs, RANK, generator=generator) / 8
-            )
-            for path, (inputs, outputs) in LAYERS.items()
-        }
-        for index in range(span.start, span.end - 1)
-    }
-    return SpanTuning(span, prompts, layers)
-
-
-def wired(tuning: SpanTuning) -> WireTuning:
-    layers = [
-        TunedLayer(index, path, encode_tensor(pair.down), encode_tensor(pair.up))
-        for index, pairs in sorted(tuning.layers.items())
-        for path, pair in sorted(pairs.items())
-    ]
-    return WireTuning(None if tuning.prompts is None else encode_tensor(tuning.prompts), tuple(layers))
-
-
 def tensors_of(tuning: WireTuning | None) -> list[torch.Tensor]:
     assert tuning is not None
     return [decode_tensor(tensor) for tensor in tuning.tensors()]
@@ -102,7 +75,7 @@ async def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(
     mask = torch.ones(5, 8, dtype=torch.bool)
     mask[3, :2] = False
     position_ids = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    tuning = tuning_of()
+    tuning = tuning_of(SPAN)
     expected = world.model.run_backward(
         states, gradients, attention_mask=mask, position_ids=position_ids, tuning=world.model.fit_tuning(tuning)
     )
@@ -163,7 +136,7 @@ async def test_a_tuning_changes_forward_passes_in_parts_of_any_size(
 ) -> None:
     world.service.dispatcher.costs.tokens_within = lambda kind, time_s: most_tokens  # type: ignore[method-assign]
     states = torch.randn(3, 8, HIDDEN_SIZE)
-    tuning = tuning_of()
+    tuning = tuning_of(SPAN)
     expected = world.model.run(states, None, position=0, tuning=world.model.fit_tuning(tuning))
     request = Forward(world.checkpoint.model_id, SPAN, encode_tensor(states), tuning=wired(tuning))
     reply = await world.service.forward(CLIENT, request)
@@ -178,7 +151,7 @@ async def test_a_backward_pass_that_nobody_waits_for_any_more_leaves_nothing_beh
 ) -> None:
     world.service.dispatcher.costs.tokens_within = lambda kind, time_s: 1  # type: ignore[method-assign]
     states, gradients = torch.randn(2, 2, 6, HIDDEN_SIZE)
-    request = world.request(states, gradients, tuning=wired(tuning_of()))
+    request = world.request(states, gradients, tuning=wired(tuning_of(SPAN)))
     expected = world.model.run_backward(states, gradients)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(world.service.backward, CLIENT, request)

@@ -178,6 +178,12 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
     kinds.add_argument(
         "--baseline", choices=("offload",), help="one client's speed beside the same model offloaded to the disk"
     )
+    kinds.add_argument(
+        "--training", action="store_true", help="a batch forward, and its gradients back, beside the local model"
+    )
+    measured.add_argument(
+        "--batch", type=_batch, metavar="ROWSxTOKENS", help="with --training: its size; default: 8x128"
+    )
     measured.add_argument(
         "--client-processes", action="store_true", help="with --clients: each in a process of its own"
     )
@@ -250,6 +256,13 @@ def _positive(text: str) -> int:
     if number < 1:
         raise argparse.ArgumentTypeError(f"a whole number from 1, not {text}")
     return number
+
+
+def _batch(text: str) -> tuple[int, int]:
+    rows, separator, tokens = text.partition("x")
+    if not separator:
+        raise argparse.ArgumentTypeError(f"ROWSxTOKENS, as 8x128, not {text}")
+    return _positive(rows), _positive(tokens)
 
 
 def _positives(text: str) -> tuple[int, ...]:

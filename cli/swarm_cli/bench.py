@@ -27,6 +27,8 @@ def chosen_measurement(arguments: argparse.Namespace) -> str:
         return "stall"
     if arguments.greedy:
         return "greedy"
+    if arguments.training:
+        return "training"
     return "one_client" if arguments.baseline is None else arguments.baseline
 
 

@@ -1,6 +1,7 @@
 """What the benchmarks make of the times and tokens they have got."""
 
 import pytest
+import torch
 import trio
 
 from p2pswarm.core.errors import ConfigError
@@ -13,6 +14,8 @@ from swarm_cli.benchmarks.many_clients import ManyClientsReport, RoundOfClients,
 from swarm_cli.benchmarks.offload import OffloadedModel, OffloadReport
 from swarm_cli.benchmarks.one_client import OneClientReport
 from swarm_cli.benchmarks.stall import Arrivals, Gaps, StalledRound, quiet_gaps_s, stalled_gaps_s
+from swarm_cli.benchmarks.training import Pass
+from swarm_cli.benchmarks.training import summarize as summarize_training
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,7 @@ from swarm_cli.benchmarks.stall import Arrivals, Gaps, StalledRound, quiet_gaps_
         (["--clients", "1,2"], "many_clients"),
         (["--stall"], "stall"),
         (["--greedy"], "greedy"),
+        (["--training", "--batch", "2x16"], "training"),
         (["--baseline", "offload"], "offload"),
     ],
 )
@@ -121,3 +125,23 @@ def test_offloading_that_does_not_read_the_disk_is_refused() -> None:
     model.blocks_bytes, model._num_tokens, model._read_bytes = 1000, 10, 5000
     with pytest.raises(ConfigError, match="TMPDIR"):
         model.check_reads()
+
+
+def test_training_is_held_against_the_local_model_by_medians() -> None:
+    gradients = torch.ones(2, 5, 3)
+    locally = [Pass(forward_s, 4.0, 2.5, gradients) for forward_s in (1.0, 2.0, 9.0)]
+    in_swarm = [Pass(2.5, 5.0, 2.5, gradients * share) for share in (1.0, 1.00001, 1.0)]
+    report = summarize_training(in_swarm, locally, "float32")
+    printed = report.as_json()
+    assert (printed["batch"], printed["rounds"]) == ([2, 5], 3)
+    assert (printed["forward_ratio"], printed["forward_backward_ratio"]) == (0.8, 0.8)
+    assert (printed["local_forward_tokens_per_s"], printed["swarm_forward_backward_tokens_per_s"]) == (5.0, 2.0)
+    assert printed["are_equal"] is True
+    assert printed["gradient_difference"] == pytest.approx(1e-5, rel=0.01)
+    assert report.as_table().row_count == 2
+
+
+def test_training_with_other_gradients_than_the_local_models_is_told() -> None:
+    one, other = (Pass(1.0, 1.0, 2.5, torch.full((1, 2, 3), value)) for value in (1.0, 1.001))
+    assert summarize_training([one], [other], "float32").are_equal is False
+    assert summarize_training([one], [other], "bfloat16").are_equal is True

@@ -227,7 +227,10 @@ def _kv_size(name: str, value: object) -> KVSize:
 
 
 def _byte_size(name: str, value: object) -> int:
-    return parse_byte_size(_text_or_number(name, value))
+    try:
+        return parse_byte_size(_text_or_number(name, value))
+    except ConfigError as error:
+        raise ConfigError(f"{_key(name)}: {error}") from error
 
 
 def _throughput(name: str, value: object) -> ThroughputSetting:

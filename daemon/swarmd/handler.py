@@ -133,7 +133,9 @@ class SpanService:
         if self._backward_memory is None:
             self._backward_memory = backward_memory(model)
         memory = self._backward_memory
-        limit_bytes = served.training_bytes or memory.default_bytes(model.span.num_blocks)
+        limit_bytes = served.training_bytes
+        if limit_bytes is None:
+            limit_bytes = memory.default_bytes(model.span.num_blocks)
         num_tokens = request.hidden_states.shape[1]
         return most_rows(memory, limit_bytes, num_tokens, request.span, request.tuning, served.max_length)
 

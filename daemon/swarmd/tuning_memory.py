@@ -40,7 +40,7 @@ class TuningMemory:
 
     @contextmanager
     def held(self, num_bytes: int) -> Iterator[None]:
-        """While it lasts, so many bytes more are held. Raises `BadRequest`, `ServerBusy`."""
+        """While it lasts, so many bytes more are held; 0: nothing was brought. Raises `BadRequest`, `ServerBusy`."""
         if num_bytes > self._max_bytes:
             raise BadRequest(
                 f"this server takes tunings of up to {format_byte_size(self._max_bytes)} a call or session "
@@ -51,10 +51,11 @@ class TuningMemory:
                 f"no room for a tuning of {format_byte_size(num_bytes)}: {self._num_held} others take "
                 f"{format_byte_size(self._used_bytes)} of {format_byte_size(self.total_bytes)}"
             )
-        self._num_held += 1
+        count = 1 if num_bytes else 0
+        self._num_held += count
         self._used_bytes += num_bytes
         try:
             yield
         finally:
-            self._num_held -= 1
+            self._num_held -= count
             self._used_bytes -= num_bytes

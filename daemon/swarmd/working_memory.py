@@ -19,7 +19,7 @@ from swarmd.training_memory import BackwardMemory, Growth
 
 MEASURED_MULTIPLICATIONS = 5e8
 """As many as one core manages in some hundredths of a second."""
-MAX_MEASURED_ROW = 16
+MAX_MEASURED_ROW = 8
 """Tokens of the shortest row whose gradients are computed; the longest has four times as many."""
 
 

@@ -12,7 +12,7 @@ from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint
 from swarmd.block_memory import block_weights_bytes, measure_needs
-from swarmd.working_memory import peak_tensor_bytes
+from swarmd.working_memory import backward_memory, peak_tensor_bytes
 
 FLOAT_BYTES = 4
 
@@ -80,3 +80,11 @@ def test_what_was_there_before_does_not_count() -> None:
     layer = nn.Linear(100, 10)
     states = torch.zeros(7, 100)
     assert peak_tensor_bytes(lambda: layer(states)) == 7 * 10 * FLOAT_BYTES
+
+
+@pytest.mark.parametrize("quantization", [Quantization.NONE, Quantization.NF4])
+def test_gradients_take_what_is_reserved_for_them(tiny_checkpoint: Checkpoint, quantization: Quantization) -> None:
+    needs = measure_needs(tiny_checkpoint.config, torch.float32, quantization)
+    served = backward_memory(load_span(tiny_checkpoint, Span(2, 5), quantization=quantization))
+    assert served.default_bytes(3) <= needs.backward.default_bytes(3)
+    assert needs.backward.default_bytes(3) <= 1.2 * served.default_bytes(3)

@@ -47,6 +47,13 @@ def test_the_file_may_hold_a_size_as_a_number_or_as_text(tmp_path: Path, written
     assert config.throughput == 250.0
 
 
+def test_limits_on_training_are_amounts_of_memory(tmp_path: Path) -> None:
+    path = write(tmp_path, "training-memory = '1.5GB'\nmax-tuning = 1048576\n")
+    config = read_config(ServerConfig, {"model": "m", "training_memory": "64MiB"}, path)
+    assert (config.training_memory, config.max_tuning) == (64 << 20, 1 << 20)
+    assert read_config(ServerConfig, {"model": "m"}).training_memory is None
+
+
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, 'model = "from-file"\nnum-blocks = 4\ngrace-period = 3\njson = true\n')
     config = read_config(ServerConfig, {"model": "from-flag"}, path)
@@ -86,6 +93,8 @@ def test_a_broken_or_missing_file_is_named(tmp_path: Path) -> None:
         ({"model": "m", "num_blocks": "few"}, "num-blocks: wanted a whole number, got 'few'"),
         ({"model": "m", "threads": "-1"}, "threads: wanted a whole number from 1, got -1"),
         ({"model": "m", "kv_cache": "much"}, "kv-cache: wanted an amount of memory .* or a share .*, got 'much'"),
+        ({"model": "m", "training_memory": "much"}, "training-memory: wanted an amount of memory .*, got 'much'"),
+        ({"model": "m", "max_tuning": "-1"}, "max-tuning: wanted an amount of memory .*, got '-1'"),
         (
             {"model": "m", "throughput": "fast"},
             "throughput: wanted auto, eval, dry-run or tokens per second, got 'fast'",

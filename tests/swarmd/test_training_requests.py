@@ -263,7 +263,9 @@ async def test_tunings_of_all_sessions_together_are_bounded_and_come_back(
 async def test_the_tuning_of_a_client_that_hangs_is_not_kept_for_ever(autojump_clock: MockClock, world: World) -> None:
     async with world.client() as client, world.session(client, "hung", tuning=wired(tuning_of(SPAN))) as session:
         await run_step(session, torch.randn(1, 2, HIDDEN_SIZE), 0)
-        assert world.service.tunings.num_held == 1
+        async with world.session(client, "plain") as plain:
+            await run_step(plain, torch.randn(1, 2, HIDDEN_SIZE), 0)
+            assert world.service.tunings.num_held == 1
         (client_peer,) = world.server.connected_peers
         world.memory.hang(client_peer)
         await trio.sleep(60)

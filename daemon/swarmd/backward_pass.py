@@ -7,13 +7,14 @@ what they are answered, which is counted where messages are received.
 
 from typing import Any
 
-import torch
 import trio
 
 from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.core.ids import PeerId
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.messages import Backward, BackwardReply
+from p2pswarm.wire.tensor_rows import joined_rows
+from p2pswarm.wire.tensors import WireTensor
 from swarmd import checks
 from swarmd.batch_tensors import BackwardTensors
 from swarmd.rows_back import Rows, RowsBack, num_stages
@@ -33,7 +34,7 @@ class BackwardJob:
         self._request = request
         self._tensors = tensors
         self._under_way: RowsBack | None = None
-        self._grad_inputs: list[torch.Tensor] = []
+        self._grad_inputs: list[WireTensor] = []
         """Of the rows that are done."""
         self._grad_tuning: SpanTuning | None = None
         """The sum over the rows that are done."""
@@ -75,8 +76,8 @@ class BackwardJob:
             self._shared.model,
             self._request.span,
             Rows(
-                tensors.hidden_states[rows],
-                tensors.grad_outputs[rows],
+                tensors.hidden_states(rows),
+                tensors.grad_outputs(rows),
                 None if tensors.mask is None else tensors.mask[rows],
                 None if tensors.position_ids is None else tensors.position_ids[rows],
                 self._request.adapter,
@@ -85,17 +86,17 @@ class BackwardJob:
         )
 
     def _take_up(self, done: RowsBack) -> None:
-        self._grad_inputs.append(done.grad_inputs.to("cpu", self._tensors.hidden_states.dtype))
+        """Raises `BadRequest`, `CodecError`."""
+        grad_inputs = done.grad_inputs.to("cpu", self._tensors.dtype)
+        checks.checked_answer("gradients", grad_inputs, self._shared.model.dtype)
+        self._grad_inputs.append(encode_tensor(grad_inputs, self._request.codec))
         gradients = done.grad_tuning
         if gradients is not None:
             self._grad_tuning = gradients if self._grad_tuning is None else self._grad_tuning.plus(gradients)
 
     def _reply(self) -> BackwardReply:
-        """Raises `BadRequest`, `CodecError`."""
-        request, dtype = self._request, self._shared.model.dtype
-        grad_inputs = checks.checked_answer("gradients", torch.cat(self._grad_inputs), dtype)
-        grad_tuning = None
-        if request.tuning is not None:
+        tuning, grad_tuning = self._request.tuning, None
+        if tuning is not None:
             assert self._grad_tuning is not None
-            grad_tuning = write_gradients(self._grad_tuning, request.tuning)
-        return BackwardReply(encode_tensor(grad_inputs, request.codec), grad_tuning)
+            grad_tuning = write_gradients(self._grad_tuning, tuning)
+        return BackwardReply(joined_rows(self._grad_inputs), grad_tuning)

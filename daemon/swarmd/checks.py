@@ -5,6 +5,7 @@ Shapes and dtypes that no server could take are refused where a message is made 
 facts of this model, this span and this session.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,10 @@ from p2pswarm.core.ids import ModelId
 from p2pswarm.core.span import Span
 from p2pswarm.wire.codecs import decode_tensor, is_finite
 from p2pswarm.wire.messages import OpenSession, Step, WireTensor
+from p2pswarm.wire.tensor_rows import rows_of
+
+CHECKED_ELEMENTS = 1 << 22
+"""Looked at together: 16 MiB."""
 
 
 def check_model(wanted: ModelId, served: ModelId) -> None:
@@ -69,6 +74,14 @@ def check_length(hidden_states: WireTensor, max_length: int) -> None:
 def check_trains(can_train: bool) -> None:
     if not can_train:
         raise BadRequest("no gradients come back through this model, which works on hidden states between its blocks")
+
+
+def check_finite(wire: WireTensor, name: str) -> None:
+    """Refuses NaN and infinity, looking at some rows at a time: decoded, a tensor may be four times as large."""
+    num_rows = wire.shape[0]
+    rows_at_a_time = max(1, CHECKED_ELEMENTS * num_rows // math.prod(wire.shape))
+    for start in range(0, num_rows, rows_at_a_time):
+        read_hidden_states(rows_of(wire, start, min(start + rows_at_a_time, num_rows)), name)
 
 
 def read_hidden_states(wire: WireTensor, name: str = "hidden_states") -> torch.Tensor:

@@ -16,6 +16,8 @@ from p2pswarm.core.errors import ServerBusy, SessionLost
 from p2pswarm.core.ids import PeerId
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.messages import Forward, ForwardReply
+from p2pswarm.wire.tensor_rows import joined_rows
+from p2pswarm.wire.tensors import WireTensor
 from swarmd import checks
 from swarmd.batch_tensors import BatchTensors
 from swarmd.memory import Tenant
@@ -33,9 +35,12 @@ class ForwardJob:
         self._cache: SpanCache | None = None
         self._tenant: Tenant | None = None
         """Once a row runs in pieces."""
+        self._sent: torch.Tensor | None = None
+        """The row that is not done yet, if it runs in pieces."""
         self._pieces: list[torch.Tensor] = []
-        """Answers to the row that is not done yet."""
-        self._rows: list[torch.Tensor] = []
+        """Answers to it."""
+        self._answers: list[WireTensor] = []
+        """To the rows that are done."""
         num_rows, num_tokens, _ = request.hidden_states.shape
         self.work = Work(Kind.FORWARD, peer_id, num_rows, num_tokens, trio.current_time())
 
@@ -56,15 +61,14 @@ class ForwardJob:
         start = work.tokens_done
         end = start + part.num_tokens
         cache = None if part.num_tokens == work.num_tokens else self._cache
-        self._pieces.append(self._run(rows, start, end, cache))
+        self._sent = self._tensors.hidden_states(rows) if self._sent is None else self._sent
+        self._pieces.append(self._run(self._sent[:, start:end], rows, start, cache))
         if end < work.num_tokens:
             return None
-        self._rows.append(torch.cat(self._pieces, dim=1))
-        self._pieces = []
-        if rows.stop < work.num_rows:
-            return None
-        answer = checks.checked_answer("hidden states", torch.cat(self._rows), self._shared.model.dtype)
-        return ForwardReply(encode_tensor(answer, self._request.codec))
+        answer = checks.checked_answer("hidden states", torch.cat(self._pieces, dim=1), self._shared.model.dtype)
+        self._answers.append(encode_tensor(answer, self._request.codec))
+        self._sent, self._pieces = None, []
+        return ForwardReply(joined_rows(self._answers)) if rows.stop == work.num_rows else None
 
     def run_together(self, jobs: Any) -> Any:
         raise AssertionError("forward passes run alone")
@@ -103,9 +107,8 @@ class ForwardJob:
         self._cache.release()
         self._shared.memory.leave(self._tenant)
 
-    def _run(self, rows: slice, start: int, end: int, cache: SpanCache | None) -> torch.Tensor:
-        tensors = self._tensors
-        hidden_states = tensors.hidden_states[rows, start:end]
+    def _run(self, hidden_states: torch.Tensor, rows: slice, start: int, cache: SpanCache | None) -> torch.Tensor:
+        tensors, end = self._tensors, start + hidden_states.shape[1]
         answer = self._shared.model.run(
             hidden_states,
             cache,

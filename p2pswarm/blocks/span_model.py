@@ -4,7 +4,7 @@ The model's own decoder class runs, with its own masks and rotary embeddings, ar
 span's blocks are real. What it does before its blocks goes nowhere: at the first block the true hidden states are
 swapped in, and at the last one the answer is taken out. All that takes 1 ms a token, 2 to 3 after a pause, and does not
 depend on the hidden states: `SpanModel.prepare` does it before they come. Read `architecture.py` for how the parts are
-found and `stand_ins.py` for what fills the rest.
+found, `stand_ins.py` for what fills the rest, and `span_backward.py` for how gradients come back.
 """
 
 import inspect
@@ -27,8 +27,9 @@ from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.packed_weights import pack_weights
 from p2pswarm.blocks.quantization import check_quantizable, load_quantized, rounding_of
-from p2pswarm.blocks.span_backward import BlockCall, Gradients, go_back, run_blocks
-from p2pswarm.blocks.stand_ins import BlockList, PassThrough, as_layer_output, copy_settings, empty_outside
+from p2pswarm.blocks.span_backward import Gradients, go_back, run_blocks
+from p2pswarm.blocks.span_block import BlockCall, Passage, SpanBlock
+from p2pswarm.blocks.stand_ins import BlockList, PassThrough, empty_outside
 from p2pswarm.blocks.tuned_layers import TunedLayers
 from p2pswarm.blocks.tuning import SpanTuning, fit_tuning
 from p2pswarm.blocks.weight_source import WeightSource
@@ -51,17 +52,6 @@ MODEL_CODE_FAILURES = (
 
 TRIED_LENGTHS = (10, 3)
 """Tokens of the sessions with which batches are tried: as few as show that each keeps its own, at every start."""
-
-
-@dataclass(slots=True)
-class _Passage:
-    """What is going through the span just now."""
-
-    blocks: Span
-    hidden_states: torch.Tensor | None = None
-    output: torch.Tensor | None = None
-    calls: list[BlockCall] | None = None
-    """None when the blocks are to run; otherwise they pass through, and note here what they were called with."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,35 +77,6 @@ class BatchedStep:
     position: int
 
 
-class SpanBlock(nn.Module):
-    """A real block in its place in the decoder, with the way in and the way out of the span."""
-
-    def __init__(self, block: nn.Module, index: int, passage: _Passage) -> None:
-        super().__init__()
-        copy_settings(block, self)
-        self.block = block
-        self.index = index
-        self.passage = passage
-
-    def forward(self, *arguments: Any, **named: Any) -> Any:
-        passage = self.passage
-        if not passage.blocks.covers(self.index):
-            return as_layer_output(arguments[0] if arguments else named["hidden_states"])
-        if passage.calls is not None:
-            states = arguments[0] if arguments else named.pop("hidden_states")
-            passage.calls.append((arguments[1:], named))
-            return as_layer_output(states)
-        if self.index == passage.blocks.start:
-            if arguments:
-                arguments = (passage.hidden_states, *arguments[1:])
-            else:
-                named["hidden_states"] = passage.hidden_states
-        output = self.block(*arguments, **named)
-        if self.index == passage.blocks.end - 1:
-            passage.output = output[0] if isinstance(output, tuple) else output
-        return output
-
-
 class SpanModel:
     """Blocks `span` of a model. Owned by one thread; holds no state of any session."""
 
@@ -138,7 +99,7 @@ class SpanModel:
         self._config = layout.model.config
         self._windows = layer_windows(self._config)
         self._has_chunks = "chunked_attention" in layer_kinds(self._config)
-        self._passage = _Passage(span)
+        self._passage = Passage(span)
         self._layer_shapes: dict[int, LayerShape] = {}
         self._blocks = {index: layout.blocks[index] for index in range(span.start, span.end)}
         for index, block in self._blocks.items():

@@ -17,8 +17,8 @@ from swarmd.working_memory import peak_tensor_bytes
 
 HIDDEN = 64
 FLOAT_BYTES = 4
-MOST_NOTES = 35
-"""How many times what enters a block its notes may be, in a plain decoder."""
+MOST_NOTES = 20
+"""How many times what enters a block its notes may be; `span_backward.py` says more."""
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from p2pswarm.blocks.span_model import SpanBlock, SpanModel, load_span
+from p2pswarm.blocks.span_block import SpanBlock
+from p2pswarm.blocks.span_model import SpanModel, load_span
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.core.span import Span
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint

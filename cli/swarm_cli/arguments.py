@@ -54,7 +54,7 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     _add_dtype(command)
     _add_compression(command, "other than none, the answers are no longer exactly the local model's")
-    _add_adapter(command)
+    _add_adapter(command, ", or a folder with what was tuned")
     command.add_argument(
         "--exact", action="store_true", help="only servers with unquantized weights, so that the tokens are the model's"
     )
@@ -231,9 +231,9 @@ def _add_compression(command: argparse.ArgumentParser, hint: str) -> None:
     )
 
 
-def _add_adapter(command: argparse.ArgumentParser) -> None:
+def _add_adapter(command: argparse.ArgumentParser, or_folder: str = "") -> None:
     command.add_argument(
-        "--adapter", metavar="NAME", help="LoRA adapter, as servers announce it; default: the plain model"
+        "--adapter", metavar="NAME", help=f"LoRA adapter, as servers announce it{or_folder}; default: the plain model"
     )
 
 

@@ -57,7 +57,9 @@ def longest_talk(model: DistributedModel) -> int:
         model.checkpoint.config.get_text_config(decoder=True), "max_position_embeddings", None
     )
     limits = [server.max_length for server in model.servers.online.values()]
-    return min(limit for limit in (LONGEST_TALK_TOKENS, context, *limits) if limit)
+    longest = min(limit for limit in (LONGEST_TALK_TOKENS, context, *limits) if limit)
+    prefix = model.carried().prefix  # of a tuned prompt
+    return longest if prefix is None else longest - prefix.shape[0]
 
 
 def _encode(model: DistributedModel, messages: list[Message]) -> list[int]:

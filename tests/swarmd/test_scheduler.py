@@ -317,6 +317,13 @@ def test_one_stage_of_rows_never_takes_long_though_nobody_decodes_when_they_begi
     assert not work.is_done
 
 
+def test_rows_go_back_together_where_nobody_ever_decoded() -> None:
+    machine = Machine(Scheduler(CostModel()))
+    for _ in range(2):
+        backward(machine, rows=16, tokens=8)
+    assert {part.num_rows for part in machine.run_all()} == {16}
+
+
 def test_what_a_backward_token_costs_is_three_forward_ones_until_it_is_measured() -> None:
     costs = CostModel(STEP_S, ROW_S, TOKEN_S)
     assert costs.token_s[Kind.BACKWARD] == pytest.approx(3 * TOKEN_S)

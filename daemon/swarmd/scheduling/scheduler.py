@@ -209,7 +209,7 @@ class Scheduler:
         """As much of a prompt, a forward or a backward pass as may run now."""
         work = min(self._may_go_on(queue), key=lambda work: self._urgency_s(work, now_s))
         others = [num_rows for session, (_, num_rows) in self._decoding.items() if session != work.session]
-        stall_s = STALL_STEPS[queue] * self.costs.decode_s(max(1, sum(others)))
+        stall_s = STALL_STEPS[queue] * self.costs.decode_s(max(1, sum(others))) or LONG_PART_S  # nobody ever decoded
         time_s = stall_s if others else LONG_PART_S
         max_tokens = self.costs.tokens_within(work.kind, time_s)
         tokens_left = work.num_tokens - work.tokens_done

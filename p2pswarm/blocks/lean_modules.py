@@ -5,24 +5,36 @@ that is never trained, hooked or changed again this is time for nothing: 0.8 of 
 one thread. The arithmetic stays what it was, bit for bit.
 """
 
+import torch
 from torch import nn
 
 
 def make_lean(model: nn.Module) -> None:
     """Lets every module under `model` be called without hooks and find its parts as plain attributes.
 
-    Parameters and submodules must not be replaced afterwards, and hooks registered later never run. Modules that have
-    hooks already, or a `forward` of their own instance, are called as before.
+    Parameters and submodules must not be replaced afterwards, and hooks registered later never run; buffers may be
+    registered anew, as some rotary embeddings do with longer texts. Modules that have hooks already, or a `forward` of
+    their own instance, are called as before.
     """
     lean_classes: dict[type[nn.Module], type[nn.Module]] = {}
     for module in list(model.modules()):
-        for parts in (module._parameters, module._buffers, module._modules):
+        is_lean = module is not model and _is_plain(module)
+        for parts in (module._parameters, module._modules, module._buffers if is_lean else {}):
             module.__dict__.update({name: part for name, part in parts.items() if part is not None})
-        if module is not model and _is_plain(module):
+        if is_lean:
             kind = type(module)
             if kind not in lean_classes:
-                lean_classes[kind] = type(kind.__name__, (kind,), {"__call__": kind.forward, "__module__": __name__})
+                lean_classes[kind] = _lean_class(kind)
             module.__class__ = lean_classes[kind]
+
+
+def _lean_class(kind: type[nn.Module]) -> type[nn.Module]:
+    def register_buffer(module: nn.Module, name: str, tensor: torch.Tensor | None, persistent: bool = True) -> None:
+        kind.register_buffer(module, name, tensor, persistent)
+        module.__dict__[name] = tensor
+
+    changed = {"__call__": kind.forward, "__module__": __name__, "register_buffer": register_buffer}
+    return type(kind.__name__, (kind,), changed)
 
 
 def _is_plain(module: nn.Module) -> bool:

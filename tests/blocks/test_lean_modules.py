@@ -26,3 +26,21 @@ def test_modules_with_hooks_or_a_forward_of_their_own_are_called_as_before() -> 
     make_lean(model)
     assert not model(inputs).any()
     assert len(seen) == 1
+
+
+def test_a_buffer_that_is_registered_anew_is_used() -> None:
+    """Unlike text of the model's usual length, longer text has other rotary embeddings in some models."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("factor", torch.ones(1), persistent=False)
+
+        def forward(self, states: torch.Tensor) -> torch.Tensor:
+            self.register_buffer("factor", self.factor + 1, persistent=False)
+            return states * self.factor
+
+    model = nn.Sequential(Scale())
+    make_lean(model)
+    assert [float(model(torch.ones(1))) for _ in range(3)] == [2, 3, 4]
+    assert float(dict(model.named_buffers())["0.factor"]) == 4

@@ -335,3 +335,16 @@ def test_a_model_that_does_more_between_its_blocks_is_not_trained_through(llama:
     span.can_train = False
     with pytest.raises(UnsupportedModelError, match=r"no gradients come back through a LlamaModel: between its blocks"):
         span.run_backward(*states_and_gradients())
+
+
+def test_rotary_embeddings_that_follow_the_longest_text_do_so_on_the_way_back(tmp_path: Path) -> None:
+    """They are made anew while a text runs in inference mode, and taken back for a short one."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0}
+    folder = save_tiny_checkpoint(tmp_path, "llama", max_position_embeddings=16, rope_parameters=rope)
+    checkpoint = open_checkpoint(str(folder))
+    local, span = local_span(checkpoint), load_span(checkpoint, SPAN)
+    for tokens in (30, 8, 20):
+        states, grads = states_and_gradients(tokens=tokens)
+        torch.testing.assert_close(span.run(states, None, position=0), local.run(states), rtol=1e-4, atol=1e-4)
+        expected = local.gradients(states, grads, SpanTuning(SPAN)).inputs
+        torch.testing.assert_close(span.run_backward(states, grads).inputs, expected, rtol=1e-4, atol=1e-4)

@@ -19,7 +19,7 @@ from p2pswarm.blocks.architecture import lay_out
 from p2pswarm.blocks.packed_weights import JoinedLinear
 from p2pswarm.blocks.quantized_linear import KernelLinear, bitsandbytes_linear
 from p2pswarm.blocks.span_backward import Gradients
-from p2pswarm.blocks.span_model import SpanModel, load_span
+from p2pswarm.blocks.span_model import BatchedStep, SpanModel, load_span
 from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.checkpoint.adapter_files import open_adapter
 from p2pswarm.checkpoint.adapter_place import AdapterPlace
@@ -257,6 +257,24 @@ def test_nothing_of_it_is_left_behind(llama: Checkpoint) -> None:
     assert [type(module) for module in span._decoder.modules()] == classes
     assert not any("tuned_by" in vars(module) for module in span._decoder.modules())
     assert not any(parameter.requires_grad for parameter in span._decoder.parameters())
+
+
+def test_sessions_that_decode_as_a_batch_and_gradients_do_not_touch_one_another(span: SpanModel) -> None:
+    states, grads = states_and_gradients()
+    pool = span.new_pool(2)
+    caches = [span.new_cache(1, pool=pool) for _ in range(2)]
+    for cache, text in zip(caches, states.split(1), strict=True):
+        span.run(text[:, :-1], cache, position=0)
+
+    def batch() -> torch.Tensor:
+        pairs = zip(caches, states.split(1), strict=True)
+        steps = [BatchedStep(cache, text[:, -1:], TOKENS - 1) for cache, text in pairs]
+        return torch.cat(span.run_batch(steps))
+
+    gradients = span.run_backward(states, grads).inputs
+    together = batch()
+    assert torch.equal(span.run_backward(states, grads).inputs, gradients)
+    assert torch.equal(batch(), together)
 
 
 def test_the_graph_of_a_single_token_is_not_kept(span: SpanModel) -> None:

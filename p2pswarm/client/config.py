@@ -44,7 +44,7 @@ class ClientConfig:
     """Hidden states of one step; longer prompts go in parts. Servers take frames of 64 MiB."""
     max_training_tokens: int = 1024
     """Of a call without a session, forward or backward: larger batches are cut into sub-batches of whole rows, which
-    go by different servers at once. A server keeps the inputs of all its blocks for so many tokens."""
+    go by different servers at once; smaller ones too, for `max_training_calls` of some hundred tokens."""
     max_training_calls: int = 6
     """Sub-batches of one batch under way at once. Fewer than the servers of a chain leave some of them idle; a server
     has room for eight waiting calls of one client."""

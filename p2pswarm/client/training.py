@@ -2,7 +2,7 @@
 
 A batch is cut into sub-batches of rows, each of which goes by servers of its own, several at a time: so all servers of
 a chain work at once, and several chains do. Servers keep nothing between the calls; what the way back needs is the
-`Trail`, a sub-batch's inputs at each server. Where a batch is cut depends on its shape alone, and gradients are added
+`Trail`, a sub-batch's inputs at each server. Where a batch is cut depends on its shape and the config alone, and gradients are added
 up in the order of its rows, so that the sums do not depend on who was faster.
 
 Knows nothing of autograd (`client/autograd.py`). `client/walk.py` says how one sub-batch gets through.
@@ -27,6 +27,10 @@ from p2pswarm.rpc.client import RpcClient
 from p2pswarm.wire.codecs import encode_tensor, is_finite
 from p2pswarm.wire.messages import WireTensor
 from p2pswarm.wire.tuning import WireTuning
+
+MIN_SUB_BATCH_TOKENS = 256
+"""No batch is cut finer than that to keep more servers at work. Three blocks of SmolLM2 on one thread take 8 rows of
+128 tokens forward in 0.28 s at once, 0.31 s in 256 tokens at a time, 0.34 s in 128; back in 0.83, 0.84 and 0.95 s."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -89,7 +93,7 @@ class TrainingPass:
         wanted = blocks or self._servers.facts.span
         self._check(batch, tuning, wanted)
         adapter_id = await self._servers.find_adapter(adapter)
-        parts = in_rows(batch, self._config.max_training_tokens, self._config.max_step_bytes // 2)
+        parts = in_rows(batch, tokens_at_once(batch, self._config), self._config.max_step_bytes // 2)
         outputs: list[torch.Tensor | None] = [None] * len(parts)
         tracks: list[Track | None] = [None] * len(parts)
 
@@ -162,6 +166,12 @@ class TrainingPass:
             raise ConfigError(f"this model has the blocks {facts.span}, asked were {blocks}")
         if tuning is not None:
             tuning.check_fits(facts.num_blocks, facts.hidden_size)
+
+
+def tokens_at_once(batch: StepInput, config: ClientConfig) -> int:
+    """The most that a sub-batch may hold: what the config allows, and less where that would leave servers idle."""
+    share = -(-batch.num_tokens_in_total // config.max_training_calls)
+    return min(config.max_training_tokens, max(share, MIN_SUB_BATCH_TOKENS))
 
 
 def _check_gradients(trail: Trail, grad_outputs: torch.Tensor) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from p2pswarm.blocks.adapters import LowRank
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.step_input import StepInput, in_rows
+from p2pswarm.client.training import tokens_at_once
 from p2pswarm.client.tuning import Tuning
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.span import Span
@@ -48,6 +49,24 @@ def test_parts_hold_all_rows_in_order_alike_and_within_bounds(
     assert max(sizes) - min(sizes) <= 1
     rows_at_once = max(1, min(max_tokens // num_tokens, max_bytes // (num_tokens * HIDDEN_SIZE * 4)))
     assert len(parts) == -(-batch_size // rows_at_once)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "num_tokens", "sizes"),
+    [
+        (2, 100, [2]),  # nothing to gain
+        (8, 128, [2] * 4),  # four servers at once
+        (32, 128, [5, 5, 5, 5, 4, 4, 4]),
+        (64, 128, [8] * 8),  # as large as they may be
+        (3, 4000, [1] * 3),  # rows stay whole
+    ],
+)
+def test_batches_are_cut_for_as_many_servers_as_are_asked_at_once(
+    batch_size: int, num_tokens: int, sizes: list[int]
+) -> None:
+    batch, config = numbered(batch_size, num_tokens), ClientConfig()
+    parts = in_rows(batch, tokens_at_once(batch, config), config.max_step_bytes)
+    assert [part.batch_size for part in parts] == sizes
 
 
 def test_a_batch_without_masks_stays_without() -> None:

@@ -73,7 +73,8 @@ class ClientConfig:
     quantization: frozenset[Quantization] | None = None
     """Only servers that announce one of these; None: any. With NONE alone, the answers are the local model's."""
     active_adapter: str | None = None
-    """LoRA adapter of sessions and forward passes that are not given one; None: none."""
+    """Adapter of sessions and forward passes that are not given one: a LoRA adapter that servers have, or a folder here
+    that goes along with them. None: none."""
     costs: CostModel = field(default_factory=CostModel)
 
     def timeout_s(self, num_tokens: int) -> float:

@@ -78,7 +78,7 @@ def _route_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--max-length", type=_positive, metavar="TOKENS", help="of the session that the route is for; default: any"
     )
-    _add_adapter(command)
+    _add_adapter(command, "NAME|DIR", ", or a folder that swarm finetune or peft has made")
     command.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -128,6 +128,12 @@ def _finetune_flags(command: argparse.ArgumentParser) -> None:
         "--learning-rate", type=_above_0, metavar="RATE", help="default: ptune 0.02, deep_ptune 0.01, lora 0.001"
     )
     learning.add_argument("--rank", type=_positive, default=8, metavar="N", help="of lora; default: %(default)s")
+    learning.add_argument(
+        "--target-modules",
+        type=_target_modules,
+        metavar="NAME,...",
+        help="layers that lora changes, or all-linear; default: those that peft takes for the architecture",
+    )
     learning.add_argument(
         "--prompt-length", type=_positive, default=16, metavar="TOKENS", help="of ptune; default: %(default)s"
     )
@@ -231,9 +237,9 @@ def _add_compression(command: argparse.ArgumentParser, hint: str) -> None:
     )
 
 
-def _add_adapter(command: argparse.ArgumentParser, or_folder: str = "") -> None:
+def _add_adapter(command: argparse.ArgumentParser, metavar: str = "NAME", what: str = "") -> None:
     command.add_argument(
-        "--adapter", metavar="NAME", help=f"LoRA adapter, as servers announce it{or_folder}; default: the plain model"
+        "--adapter", metavar=metavar, help=f"LoRA adapter, as servers announce it{what}; default: the plain model"
     )
 
 
@@ -263,6 +269,10 @@ def _batch(text: str) -> tuple[int, int]:
     if not separator:
         raise argparse.ArgumentTypeError(f"ROWSxTOKENS, as 8x128, not {text}")
     return _positive(rows), _positive(tokens)
+
+
+def _target_modules(text: str) -> str | list[str]:
+    return text if text == "all-linear" else text.split(",")
 
 
 def _positives(text: str) -> tuple[int, ...]:

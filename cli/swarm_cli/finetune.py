@@ -137,6 +137,7 @@ def _load(arguments: argparse.Namespace, labels: Sequence[str]) -> Any:
         pre_seq_len=arguments.prompt_length,
         lora_rank=arguments.rank,
         lora_alpha=2 * arguments.rank,
+        target_modules=arguments.target_modules,
         num_labels=len(labels) or None,
         seed=arguments.seed,
     )
@@ -161,6 +162,7 @@ def _options(arguments: argparse.Namespace, model_id: str, examples: Sequence[Ex
         batch_size=arguments.batch_size,
         learning_rate=LEARNING_RATES[arguments.method],
         rank=arguments.rank,
+        target_modules=arguments.target_modules,
         prompt_length=arguments.prompt_length,
         max_tokens=arguments.max_tokens,
         seed=arguments.seed,

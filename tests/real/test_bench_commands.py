@@ -81,3 +81,10 @@ def test_offloaded_blocks_are_read_from_the_disk_for_each_token(world: World) ->
     assert printed["is_exact"] is True
     assert printed["read_bytes_per_token"] >= 0.9 * printed["blocks_bytes"] > 0
     assert printed["offload_tokens_per_s"] < printed["local_tokens_per_s"]
+
+
+def test_training_is_measured_beside_the_local_model(world: World) -> None:
+    printed = world.bench("--training", "--batch", "2x12")
+    assert printed["batch"] == [2, 12]
+    assert printed["are_equal"] is True
+    assert min(printed["forward_ratio"], printed["forward_backward_ratio"]) > 0

@@ -29,6 +29,7 @@ class TrainingOptions:
     batch_size: int
     learning_rate: float
     rank: int
+    target_modules: str | list[str] | None
     prompt_length: int
     max_tokens: int
     seed: int

@@ -53,7 +53,9 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--json", action="store_true", help="print one JSON object at the end instead of the text")
     _add_dtype(command)
-    _add_compression(command, "other than none, the answers are no longer exactly the local model's")
+    _add_compression(
+        command, "how hidden states travel; other than none, the answers are no longer exactly the local model's"
+    )
     _add_adapter(command, ", or a folder with what was tuned")
     command.add_argument(
         "--exact", action="store_true", help="only servers with unquantized weights, so that the tokens are the model's"
@@ -149,7 +151,7 @@ def _finetune_flags(command: argparse.ArgumentParser) -> None:
         "--save-every", type=_positive, default=50, metavar="STEPS", help="and when it stops; default: %(default)s"
     )
     _add_dtype(command)
-    _add_compression(command, "and their gradients; other than none, both lose bits")
+    _add_compression(command, "how hidden states and their gradients travel; other than none, both lose bits")
     _add_hub_flags(command)
 
 
@@ -228,12 +230,12 @@ def _add_own_swarm(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_compression(command: argparse.ArgumentParser, hint: str) -> None:
+def _add_compression(command: argparse.ArgumentParser, explanation: str) -> None:
     command.add_argument(
         "--compression",
         choices=("none", "float16", "bfloat16", "blockwise_int8"),
         default="none",
-        help=f"how hidden states travel; {hint}",
+        help=explanation,
     )
 
 

@@ -2,8 +2,8 @@
 
 A batch is cut into sub-batches of rows, each of which goes by servers of its own, several at a time: so all servers of
 a chain work at once, and several chains do. Servers keep nothing between the calls; what the way back needs is the
-`Trail`, a sub-batch's inputs at each server. Where a batch is cut depends on its shape and the config alone, and gradients are added
-up in the order of its rows, so that the sums do not depend on who was faster.
+`Trail`, a sub-batch's inputs at each server. Where a batch is cut depends on its shape and the config alone, and
+gradients are added up in the order of its rows, so that the sums do not depend on who was faster.
 
 Knows nothing of autograd (`client/autograd.py`). `client/walk.py` says how one sub-batch gets through.
 """

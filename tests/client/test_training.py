@@ -107,7 +107,7 @@ async def test_a_gradient_without_a_tuning_is_of_the_inputs_alone(
     assert_close(await exact(open_world, None), LocalBlocks(tiny_llama, local).gradients(STATES, WEIGHTS))
 
 
-@pytest.mark.parametrize("after_s", [0.5, 1.5, 3.5, 6.5, 9.0, 14.0, 20.0])
+@pytest.mark.parametrize("after_s", [0.5, 3.5, 9.0, 14.0])
 @pytest.mark.parametrize("span", [FIRST, MIDDLE, LAST], ids=str)
 async def test_a_server_that_dies_at_any_moment_changes_no_bit(
     open_world: OpenWorld, tuning: Tuning, span: Span, after_s: float, autojump_clock: trio.testing.MockClock
@@ -333,6 +333,19 @@ async def test_what_cannot_be_right_is_refused_here(
         ):
             with pytest.raises(ConfigError, match=message):
                 await world.training.forward(batch, bad, None, blocks)
+
+
+async def test_gradients_by_servers_in_bfloat16_stay_within_their_bound(
+    tiny_llama: Checkpoint, tuning: Tuning, expected: Gradients, autojump_clock: trio.testing.MockClock
+) -> None:
+    load_part = functools.partial(load_span, tiny_llama, dtype=torch.bfloat16)
+    async with open_training_world(tiny_llama, load_part, config=config()) as world:
+        for peer_id, info in world.view.servers.items():
+            world.view.servers[peer_id] = replace(info, dtype="bfloat16")
+        got = await world.step(STATES, WEIGHTS, tuning)
+    pairs = [(got.inputs, expected.inputs), *zip(got.tuning, expected.tuning, strict=True)]
+    errors = [float((one - other).norm() / other.norm()) for one, other in pairs]
+    assert 1e-3 < max(errors) < 0.1
 
 
 @pytest.mark.parametrize(

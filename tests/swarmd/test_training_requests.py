@@ -288,13 +288,46 @@ async def test_a_step_that_a_tuning_makes_infinite_is_refused(autojump_clock: Mo
             torch.testing.assert_close(await run_step(plain, states, 0), expected, rtol=1e-5, atol=1e-5)
 
 
+async def test_a_session_is_exact_between_the_parts_of_a_tuned_pass(autojump_clock: MockClock, world: World) -> None:
+    world.service.dispatcher.costs.tokens_within = lambda kind, time_s: 1  # type: ignore[method-assign]
+    hidden_states = torch.randn(1, 32, HIDDEN_SIZE)
+    states, gradients = torch.randn(2, 6, 8, HIDDEN_SIZE)
+    tuning = tuning_of(SPAN)
+    cache = world.model.new_cache(1)
+    replies: list[BackwardReply] = []
+
+    async def train() -> None:
+        request = world.request(states, gradients, tuning=wired(tuning))
+        replies.append(await world.service.backward(TRAINER, request))
+
+    opening = OpenSession(SessionId("reader"), world.model_id, SPAN, max_length=32, batch_size=1)
+    session = await world.service.open_session(PeerId("reader"), opening)
+    num_between = 0
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(train)
+        for position in range(32):
+            new = hidden_states[:, position : position + 1].contiguous()
+            reply = await session.step(Step(position, position, encode_tensor(new)))
+            expected = world.model.run(new, cache, position=position)
+            assert torch.equal(decode_tensor(reply.hidden_states), expected)
+            num_parts = world.service.dispatcher.statistics().num_parts.get(Kind.BACKWARD, 0)
+            num_between += not replies and num_parts > 0
+    await session.close()
+    assert num_between >= 5
+    expected_gradients = world.model.run_backward(states, gradients, tuning=world.model.fit_tuning(tuning))
+    (gradient_reply,) = replies
+    torch.testing.assert_close(
+        decode_tensor(gradient_reply.grad_inputs), expected_gradients.inputs, rtol=1e-4, atol=1e-4
+    )
+
+
 async def test_memory_is_what_it_was_after_two_hundred_calls(autojump_clock: MockClock, world: World) -> None:
     process = psutil.Process()
     rss_bytes = []
     dice = random.Random(3)
     async with world.client() as client:
         for number in range(240):
-            rows, tokens = dice.randint(1, 8), dice.randint(1, 32)
+            rows, tokens = dice.randint(1, 4), dice.randint(1, 16)
             states, gradients = torch.randn(2, rows, tokens, HIDDEN_SIZE)
             tuning = wired(tuning_of(SPAN, seed=number)) if number % 2 else None
             codec = dice.choice([Codec.NONE, Codec.BLOCKWISE_INT8])

@@ -48,22 +48,21 @@ class ColumnKernel:
         return (
             0 < states.numel() <= MAX_ROWS * columns.shape[0]
             and states.dtype is columns.dtype is torch.float32
-            and columns.device.type == "cpu"
+            and columns.is_cpu
             and columns.stride(1) == 1
             and not (states.requires_grad or columns.requires_grad)
         )
 
     def multiply(self, states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-        """`[rows, outputs]`: `states: [rows, inputs]` times `columns: [inputs, outputs]`, whose rows may lie apart."""
-        assert states.shape[1] == columns.shape[0]
-        assert self.is_for(states, columns)
+        """`[..., outputs]`: `states: [..., inputs]` times `columns: [inputs, outputs]`, which it must be for."""
+        *leading_shape, num_inputs = states.shape
+        inputs, outputs = columns.shape
+        assert num_inputs == inputs
         states = states.contiguous()
-        rows, inputs = states.shape
-        outputs = columns.shape[1]
-        results = torch.empty(rows, outputs)
+        results = torch.empty(*leading_shape, outputs, dtype=torch.float32)
         self._multiply(
             states.data_ptr(),
-            rows,
+            states.numel() // inputs,
             inputs,
             outputs,
             columns.data_ptr(),
@@ -90,4 +89,4 @@ def new_columns(inputs: int, outputs: int) -> torch.Tensor:
     which place a line may take is told by the last digits of its number.
     """
     lines = -(-outputs // LINE) | 1
-    return torch.empty(inputs, lines * LINE)[:, :outputs]
+    return torch.empty(inputs, lines * LINE, dtype=torch.float32)[:, :outputs]

@@ -109,18 +109,19 @@ def _multiply_few(states: torch.Tensor, columns: torch.Tensor, bias: torch.Tenso
     """Few tokens' states times a matrix `[inputs, outputs]`; None where there are too many to go through it at once,
     or gradients are wanted: a joined matrix would keep the graph of the states it was given last.
     """
-    num_inputs, num_outputs = columns.shape
     kernel = find_column_kernel()
     if kernel is not None and kernel.is_for(states, columns):
-        total = kernel.multiply(states.reshape(-1, num_inputs), columns)
-    elif states.numel() == num_inputs and not states.requires_grad:
+        total = kernel.multiply(states, columns)
+    elif states.numel() == columns.shape[0] and not states.requires_grad:
+        num_inputs, num_outputs = columns.shape
         num_parts = _num_parts(num_inputs)
-        total = torch.bmm(states.reshape(num_parts, 1, -1), columns.view(num_parts, -1, num_outputs)).sum(0)
+        parts = torch.bmm(states.reshape(num_parts, 1, -1), columns.view(num_parts, -1, num_outputs))
+        total = parts.sum(0).view(*states.shape[:-1], -1)
     else:
         return None
     if bias is not None:
         total += bias
-    return total if states.ndim == 2 else total.view(*states.shape[:-1], -1)
+    return total
 
 
 @functools.cache

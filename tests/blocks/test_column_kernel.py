@@ -68,6 +68,12 @@ def test_states_that_lie_apart_are_read_as_they_are(kernel: ColumnKernel) -> Non
     torch.testing.assert_close(kernel.multiply(states, columns), states @ columns)
 
 
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (2, 1, 8), (2, 3, 8)])
+def test_the_output_has_the_shape_of_the_states(kernel: ColumnKernel, shape: tuple[int, ...]) -> None:
+    states, columns = torch.randn(*shape), torch.randn(8, 5)
+    torch.testing.assert_close(kernel.multiply(states, columns), states @ columns)
+
+
 def test_what_is_not_finite_shows_in_its_own_row_only(kernel: ColumnKernel) -> None:
     states, columns = torch.randn(3, 8), torch.randn(8, 4)
     states[1, 2] = float("nan")

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from p2pswarm.blocks import packed_weights
+from p2pswarm.blocks.column_kernel import find_column_kernel
 from p2pswarm.blocks.packed_weights import MAX_THREADS, ColumnLinear, JoinedLinear, pack_layer, pack_weights
 
 SIZE = 8
@@ -22,11 +23,11 @@ def few_threads(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, params=["kernel", "no kernel"])
-def kernel_or_not(request: pytest.FixtureRequest) -> Iterator[None]:
+def has_kernel(request: pytest.FixtureRequest) -> Iterator[bool]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "no kernel":
             patch.setattr(packed_weights, "find_column_kernel", lambda: None)
-        yield
+        yield request.param == "kernel" and find_column_kernel() is not None
 
 
 class Gated(nn.Module):
@@ -138,11 +139,11 @@ def test_a_single_wide_layer_is_stored_by_columns_and_may_be_moved_and_trained()
     assert layer.weight.grad is not None
 
 
-def test_a_high_layer_is_stored_by_columns_where_there_is_the_kernel() -> None:
+def test_a_high_layer_is_stored_by_columns_where_there_is_the_kernel(has_kernel: bool) -> None:
     model = gated()
     pack(model)
-    assert type(model.down) is (nn.Linear if packed_weights.find_column_kernel() is None else ColumnLinear)
-    assert model.down.weight.is_contiguous() is (type(model.down) is nn.Linear)
+    assert type(model.down) is (ColumnLinear if has_kernel else nn.Linear)
+    assert model.down.weight.is_contiguous() is not has_kernel
 
 
 def test_a_column_is_summed_up_as_exactly_as_a_row() -> None:

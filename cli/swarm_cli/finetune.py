@@ -78,11 +78,11 @@ def _finetune(arguments: argparse.Namespace, console: Console, stopper: Stopping
 
         def save() -> None:
             model.save_pretrained(output)
-            if labels:
-                (output / LABELS_NAME).write_text(json.dumps(labels))
             training.state().save(output)
 
         journal = Journal(output, training.step)
+        if labels:
+            (output / LABELS_NAME).write_text(json.dumps(labels))
         with display(console, training.step, options.num_steps) as bar:
             listener = _Both(journal, bar)
             rhythm = Rhythm(arguments.validate_every or max(1, options.num_steps // VALIDATIONS), arguments.save_every)

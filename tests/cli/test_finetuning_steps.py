@@ -25,7 +25,7 @@ from swarm_cli.finetuning.stopping import Stopping, stopping
 from swarm_cli.finetuning.training import Training, Validation
 from swarm_cli.finetuning.training_state import FILE_NAME, read_state
 
-OPTIONS = TrainingOptions("m@0", "lora", "rows", 20, 2, 0.05, 8, 16, 512, seed=3)
+OPTIONS = TrainingOptions("m@0", "lora", "rows", 20, 2, 0.05, 8, None, 16, 512, seed=3)
 TEXTS = [Example(tuple((3 * number + index) % 11 for index in range(3 + number))) for number in range(5)]
 
 

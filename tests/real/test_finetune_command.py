@@ -20,6 +20,7 @@ from swarm_cli.local_swarm import LocalSwarmPlan, local_swarm
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
+PROMPT = "w5 w6"
 TIMEOUT_S = 120
 
 
@@ -45,6 +46,12 @@ class World:
             check=False,
             env=self.environment,
         )
+
+    def generate(self, *arguments: str) -> list[int]:
+        done = self.run("generate", PROMPT, *arguments, "--max-new-tokens", "4", "--json")
+        assert done.returncode == 0, done.stderr
+        token_ids: list[int] = json.loads(done.stdout)["token_ids"]
+        return token_ids
 
     def finetune(self, rows: Path, output: Path, *arguments: str) -> dict[str, Any]:
         done = self.run("finetune", *training_flags(rows, output), *arguments, "--json")
@@ -87,16 +94,21 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(str(folder), servers[0].addresses[0], home)
 
 
+@pytest.fixture(scope="module")
+def plain_token_ids(world: World) -> list[int]:
+    """What the model writes without being tuned."""
+    return world.generate()
+
+
 @pytest.mark.parametrize("method", ["ptune", "deep_ptune", "lora"])
-def test_tuned_model_writes_what_it_was_tuned_on(world: World, tmp_path: Path, method: str) -> None:
+def test_tuned_model_writes_what_it_was_tuned_on(
+    world: World, plain_token_ids: list[int], tmp_path: Path, method: str
+) -> None:
     rows, output = write_rows(tmp_path / "rows.jsonl", "prompt", "completion"), tmp_path / "tuned"
     result = world.finetune(rows, output, "--method", method, "--steps", "12", "--learning-rate", "0.03")
     assert result["steps"] == 12
     assert result["validation"]["loss"] < result["validation_before"]["loss"]
-    done = world.run("generate", "w5 w6", "--adapter", str(output), "--max-new-tokens", "4", "--json")
-    assert done.returncode == 0, done.stderr
-    plain = world.run("generate", "w5 w6", "--max-new-tokens", "4", "--json")
-    assert json.loads(done.stdout)["token_ids"] != json.loads(plain.stdout)["token_ids"]
+    assert world.generate("--adapter", str(output)) != plain_token_ids
 
 
 def test_classifier_learns_its_labels_and_names_them(world: World, tmp_path: Path) -> None:

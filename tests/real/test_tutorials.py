@@ -16,18 +16,19 @@ from p2pswarm.client.portal import Portal
 from swarm_cli.local_swarm import LocalSwarmPlan, local_swarm, split_evenly
 from swarm_cli.sample_model import sample_model
 
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 
 DOCS = Path(__file__).parents[2] / "docs"
-TIMEOUT_S = 200
+TIMEOUT_S = 500
+"""For a command; on two quiet cores the longest takes one minute."""
 
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A node of a swarm of SmolLM2. Batches are too small to be cut, so the servers compute one after the other."""
+    """A node of a swarm of SmolLM2, a thread a server: the parts of a batch are at both of them at the same time."""
     model = sample_model()
     with Portal() as portal:
-        plan = LocalSwarmPlan(model, split_evenly(open_checkpoint(model).num_blocks, 2), threads=2)
+        plan = LocalSwarmPlan(model, split_evenly(open_checkpoint(model).num_blocks, 2), threads=1)
         yield portal.enter(local_swarm(plan)).value[0].addresses[0]
 
 
@@ -54,7 +55,7 @@ def test_classifier_goes_from_chance_to_85_percent_on_rows_it_has_not_seen(
     assert names.startswith("MODEL = ")
     world: dict[str, object] = {"MODEL": sample_model(), "PEERS": [address]}
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     try:
         for example in examples:
             exec(compile(example, str(page), "exec"), world)
@@ -76,7 +77,7 @@ def test_style_is_learned_and_held_out_rows_are_less_of_a_surprise(
         "MODEL": sample_model(),
         "PEERS": address,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "2",
+        "OMP_NUM_THREADS": "1",
     }
     outputs = []
     tell(capsys, f"\n{page.name}:\n")

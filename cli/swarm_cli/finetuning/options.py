@@ -9,8 +9,8 @@ from p2pswarm.core.errors import ConfigError
 LEARNING_RATES: Mapping[str, float] = {"ptune": 2e-2, "deep_ptune": 1e-2, "lora": 1e-3}
 """Of each method, where none is given; found with SmolLM2 and rows of a few dozen tokens."""
 HEAD_RATE_SHARE = 0.1
-"""A classifier's head learns from normed states whose values are about ten times those of embeddings. At the full rate
-of a prompt it leaps about: 70 % of held-out sentences right after 48 steps, at a tenth 91 %."""
+"""A classifier's head learns from normed states, whose values are much larger than those of embeddings: at the full
+rate of a prompt its answers leap about."""
 WARM_UP_SHARE = 0.05
 """Of all steps: the learning rate rises from near 0, while Adam has seen few gradients."""
 MAY_CHANGE = frozenset({"num_steps"})

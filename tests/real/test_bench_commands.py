@@ -52,7 +52,13 @@ def test_one_client_is_measured_over_servers_of_its_own(world: World) -> None:
     assert min(printed["local_tokens_per_s"], printed["swarm_tokens_per_s"], printed["swarm_first_token_s"]) > 0
 
 
-@pytest.mark.parametrize(("flags", "kind"), [([], "sessions of one process"), (["--client-processes"], "processes")])
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ([], "sessions of one process"),
+        pytest.param(["--client-processes"], "processes", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_clients_get_their_own_tokens_all_at_once(world: World, flags: list[str], kind: str) -> None:
     printed = world.bench("--clients", "3", "--new-tokens", "6", *flags)
     assert printed["clients_are"] == kind
@@ -61,6 +67,7 @@ def test_clients_get_their_own_tokens_all_at_once(world: World, flags: list[str]
     assert printed["clients"][0]["over_one_client"] == 1.0
 
 
+@pytest.mark.exhaustive
 def test_stall_by_a_long_prompt_is_measured(world: World) -> None:
     printed = world.bench("--stall", "--prompt-tokens", "150", "--new-tokens", "10")
     assert printed["is_exact"] is True
@@ -69,6 +76,7 @@ def test_stall_by_a_long_prompt_is_measured(world: World) -> None:
     assert printed["over_quiet_median"]["max"] >= printed["over_quiet_median"]["median"]
 
 
+@pytest.mark.exhaustive
 def test_greedy_peer_is_measured(world: World) -> None:
     printed = world.bench("--greedy", "--new-tokens", "20")
     assert printed["is_exact"] is True
@@ -76,6 +84,7 @@ def test_greedy_peer_is_measured(world: World) -> None:
     assert printed["share_kept"] > 0
 
 
+@pytest.mark.exhaustive
 def test_offloaded_blocks_are_read_from_the_disk_for_each_token(world: World) -> None:
     printed = world.bench("--baseline", "offload", "--new-tokens", "4")
     assert printed["is_exact"] is True

@@ -55,7 +55,7 @@ START_TIMEOUT_S = 120.0
 """Thirty interpreters on two cores."""
 
 logger = logging.getLogger(__name__)
-pytestmark = [pytest.mark.real, pytest.mark.slow]
+pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.exhaustive]
 
 
 @dataclass(frozen=True, slots=True)

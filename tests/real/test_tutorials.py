@@ -68,6 +68,7 @@ def test_classifier_goes_from_chance_to_85_percent_on_rows_it_has_not_seen(
     assert sum(path.stat().st_size for path in (workplace / "sentiment").iterdir()) < 200_000
 
 
+@pytest.mark.exhaustive
 def test_style_is_learned_and_held_out_rows_are_less_of_a_surprise(
     address: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

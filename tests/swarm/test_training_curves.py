@@ -67,6 +67,7 @@ CONFIG = ClientConfig(known_peers_path=None, max_training_tokens=2 * NUM_TOKENS)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_losses_are_those_of_one_machine(open_world, local: Any, tuning: Tuning, local_losses: list[float]) -> None:
     with Portal() as portal:
         world = portal.enter(open_world(config=CONFIG, call=portal.call)).value

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from doc_pages import run_examples
 
 from p2pswarm.client.portal import Portal
 from p2pswarm.core.span import Span
@@ -13,21 +14,15 @@ from swarm_cli.local_swarm import LocalSwarmPlan, local_swarm
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
-PAGE = Path(__file__).parents[2] / "docs" / "how-to-training.md"
-
 
 def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
     folder = save_tiny_checkpoint(tmp_path / "tiny-llama", "llama", eos_token_id=None)
     save_tiny_tokenizer(folder)
-    names, *examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert names.startswith("MODEL = ")
     with Portal() as portal:
         servers = portal.enter(local_swarm(LocalSwarmPlan(str(folder), (Span(0, 3), Span(3, 8)), threads=1))).value
-        world: dict[str, object] = {"MODEL": str(folder), "PEERS": list(servers[0].addresses)}
-        for example in examples:
-            exec(compile(example, str(PAGE), "exec"), world)
+        run_examples("how-to-training.md", str(folder), list(servers[0].addresses))
     printed = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"step \d: loss ([\d.]+)", printed)]
     assert losses[2] < losses[0]

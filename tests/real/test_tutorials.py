@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from doc_pages import DOCS, run_examples
 
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.client.portal import Portal
@@ -18,7 +19,6 @@ from swarm_cli.sample_model import sample_model
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(600)]
 
-DOCS = Path(__file__).parents[2] / "docs"
 TIMEOUT_S = 500
 """For a command; on two quiet cores the longest takes one minute."""
 
@@ -50,19 +50,14 @@ def tell(capsys: pytest.CaptureFixture[str], text: str) -> None:
 def test_classifier_goes_from_chance_to_85_percent_on_rows_it_has_not_seen(
     address: str, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = DOCS / "tutorial-classifier.md"
-    names, *examples = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
-    assert names.startswith("MODEL = ")
-    world: dict[str, object] = {"MODEL": sample_model(), "PEERS": [address]}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for example in examples:
-            exec(compile(example, str(page), "exec"), world)
+        world = run_examples("tutorial-classifier.md", sample_model(), [address])
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
-    tell(capsys, f"\n{page.name}:\n{printed}")
+    tell(capsys, f"\ntutorial-classifier.md:\n{printed}")
     assert 0.35 <= world["before"] <= 0.65
     assert world["after"] >= 0.85
     assert sum(path.stat().st_size for path in (workplace / "sentiment").iterdir()) < 200_000

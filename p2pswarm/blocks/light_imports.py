@@ -2,8 +2,9 @@
 
 Importing any model of transformers imports torch's compiler (and with it a computer algebra system) and its
 distributed tensors, for a handful of decorators and type checks. That costs 1.5 s of the 3.9 s which torch and
-transformers take (user CPU time, transformers 5.23, torch 2.13). Here these decorators stand in for themselves while
-transformers is imported; afterwards everything is as before, and who wants the compiler gets it.
+transformers take (user CPU time, transformers 5.23, torch 2.13). Where scipy is installed, its optimizers take another
+0.5 s, for one function of the losses of object detection. Here decorators and function stand in for themselves while
+transformers is imported; afterwards everything is as before, and who wants the compiler or that loss gets it.
 
 For programs that own their process (`swarmd`, `swarm`). A program that embeds the library imports transformers as it
 likes.
@@ -25,6 +26,8 @@ COMPILER = "torch._dynamo"
 COMPILER_PART = "torch._dynamo._trace_wrapped_higher_order_op"
 """The one module of the compiler that transformers takes a name from."""
 
+OPTIMIZERS = "scipy.optimize"
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -32,7 +35,7 @@ def import_transformers_lightly() -> None:
     """Imports what spans and client models need of transformers; does nothing where that, or the compiler, is there."""
     if COMPILER in sys.modules or "transformers.masking_utils" in sys.modules:
         return
-    with _without_compiler(), _without_garbage_collection():
+    with _without_compiler(), _without_optimizers(), _without_garbage_collection():
         _import_list_of_models()
         import transformers.modeling_layers  # noqa: F401
 
@@ -76,6 +79,20 @@ def _without_compiler() -> Iterator[None]:
 
 
 @contextmanager
+def _without_optimizers() -> Iterator[None]:
+    if OPTIMIZERS in sys.modules:
+        yield
+        return
+    optimizers = ModuleType(OPTIMIZERS)
+    optimizers.linear_sum_assignment = _linear_sum_assignment  # type: ignore[attr-defined]
+    sys.modules[OPTIMIZERS] = optimizers
+    try:
+        yield
+    finally:
+        del sys.modules[OPTIMIZERS]
+
+
+@contextmanager
 def _without_garbage_collection() -> Iterator[None]:
     """Importing makes many objects and little garbage; looking for it takes a tenth of the time."""
     was_enabled = gc.isenabled()
@@ -100,3 +117,10 @@ def _transform_getitem_to_index() -> Any:
     from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
     return TransformGetItemToIndex()
+
+
+def _linear_sum_assignment(*costs: Any, **options: Any) -> Any:
+    """The optimizers' own, for the losses that need it."""
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(*costs, **options)

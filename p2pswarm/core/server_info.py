@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from p2pswarm.core.ids import ModelId, PeerId
+from p2pswarm.core.reachability import Reachability
 from p2pswarm.core.span import Span
 
 
@@ -43,6 +44,7 @@ class ServerInfo:
     """Longest session accepted, in tokens."""
     adapters: tuple[str, ...] = ()
     using_relay: bool = False
+    """Whether some of its clients can only come to it through another node."""
     next_rtts_s: Mapping[PeerId, float] = field(default_factory=dict)
     """Measured round trips to servers likely to be next in a chain."""
     queue_delay_s: float = 0.0
@@ -53,3 +55,5 @@ class ServerInfo:
     """Where the server is about to move; until it has gone it still serves `span`."""
     is_pinned: bool = False
     """Its blocks were chosen by whoever runs it: it never moves."""
+    reachability: Reachability = Reachability.UNKNOWN
+    """What those found who tried to dial it."""

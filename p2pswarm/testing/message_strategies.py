@@ -5,6 +5,7 @@ from typing import get_type_hints
 from hypothesis import strategies as st
 
 from p2pswarm.core.ids import ModelId, PeerId, SessionId
+from p2pswarm.core.reachability import Reachability
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.server_load import ServerLoad
 from p2pswarm.core.span import Span
@@ -80,6 +81,7 @@ def server_infos() -> st.SearchStrategy[ServerInfo]:
         version=_IDENTIFIERS,
         next_span=st.none() | spans(100),
         is_pinned=st.booleans(),
+        reachability=st.sampled_from(Reachability),
     )
 
 

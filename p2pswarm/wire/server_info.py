@@ -10,6 +10,7 @@ import msgpack
 
 from p2pswarm.core.errors import ConfigError, MalformedMessage
 from p2pswarm.core.ids import ModelId, PeerId
+from p2pswarm.core.reachability import Reachability
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.wire.fields import Fields
 from p2pswarm.wire.frames import Buffer, unpack_strictly
@@ -69,6 +70,7 @@ def server_info_values(info: ServerInfo) -> dict[str, Any]:
         "version": info.version,
         "next_span": None if info.next_span is None else [info.next_span.start, info.next_span.end],
         "is_pinned": info.is_pinned,
+        "reachability": info.reachability.value,
     }
 
 
@@ -103,6 +105,7 @@ def read_server_info(fields: Fields) -> ServerInfo:
         version=_read_printable(fields, "version"),
         next_span=next_span,
         is_pinned=fields.boolean("is_pinned", default=False),
+        reachability=_read_reachability(fields),
     )
 
 
@@ -112,6 +115,15 @@ def _read_state(fields: Fields) -> ServerState:
         return ServerState(name)
     except ValueError:
         fields.refuse(f"state to be one of {', '.join(state.value for state in ServerState)}, got {name[:32]!r}")
+
+
+def _read_reachability(fields: Fields) -> Reachability:
+    name = fields.text("reachability", default=Reachability.UNKNOWN.value)
+    try:
+        return Reachability(name)
+    except ValueError:
+        wanted = ", ".join(reachability.value for reachability in Reachability)
+        fields.refuse(f"reachability to be one of {wanted}, got {name[:32]!r}")
 
 
 def _read_next_rtts(fields: Fields) -> Mapping[PeerId, float]:

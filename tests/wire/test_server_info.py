@@ -49,6 +49,7 @@ def test_unknown_fields_are_passed_over_and_missing_ones_have_their_defaults() -
         "using_relay",
         "next_span",
         "is_pinned",
+        "reachability",
     ):
         del values[name]
     assert decode_server_info(msgpack.packb(values)) == INFO
@@ -76,6 +77,7 @@ def test_unknown_fields_are_passed_over_and_missing_ones_have_their_defaults() -
         ({"inference_tokens_per_s": "fast"}, "inference_tokens_per_s"),
         ({"cache_tokens_left": -1}, "cache_tokens_left"),
         ({"using_relay": 1}, "using_relay to be true or false"),
+        ({"reachability": "maybe"}, "reachability to be one of public, private, unknown, got 'maybe'"),
         ({"next_rtts_s": {"a": -1.0}}, "next_rtts_s from 12D3KooWpeer: wanted a to be a finite number"),
         ({"queue_delay_s": -1.0}, "queue_delay_s to be a finite number"),
         ({"next_rtts_s": {str(index): 1.0 for index in range(65)}}, "at most 64 entries"),

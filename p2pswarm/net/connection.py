@@ -1,8 +1,9 @@
-"""What `net/host.py` asks of a connection, whichever muxer it runs: ours (`mux_connection.py`) or stock yamux."""
+"""What a node asks of a connection, whichever muxer it runs: ours (`mux_connection.py`) or stock yamux."""
 
 from typing import Protocol
 
 from p2pswarm.core.ids import PeerId, ProtocolId
+from p2pswarm.net.path import ConnectionPath
 from p2pswarm.net.serving import ServedStream
 
 
@@ -17,6 +18,9 @@ class Connection(Protocol):
 
     @property
     def peer_id(self) -> PeerId: ...
+
+    @property
+    def path(self) -> ConnectionPath: ...
 
     @property
     def is_closed(self) -> bool: ...

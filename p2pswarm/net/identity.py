@@ -5,9 +5,7 @@ out of it and a signature checked with nothing but the id. Light: neither libp2p
 """
 
 import contextlib
-import os
 import secrets
-import stat
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from p2pswarm.core.errors import ConfigError, ProtocolViolation
 from p2pswarm.core.ids import PeerId
+from p2pswarm.net.secret_file import create_secret_file, read_secret_file
 
 KEY_BYTES = 32
 FILE_PREFIX = bytes.fromhex("08011240")
@@ -48,18 +47,14 @@ class Identity:
     def load_or_create(cls, path: Path) -> "Identity":
         """The identity in the file, made there if there is none. Raises `ConfigError` where it cannot be trusted."""
         if not path.exists():
-            _create_file(path, cls.generate())
-        return cls._load(path)
+            with contextlib.suppress(FileExistsError):  # whoever comes second takes the first one's
+                cls.generate().save(path)
+        return cls.load(path)
 
     @classmethod
-    def _load(cls, path: Path) -> "Identity":
-        try:
-            readable_by_others = stat.S_IMODE(path.stat().st_mode) & 0o077
-            data = path.read_bytes()
-        except OSError as error:
-            raise ConfigError(f"cannot read the identity file {path}: {error.strerror}") from error
-        if readable_by_others and os.name == "posix":
-            raise ConfigError(f"the identity file {path} is open to other users: run `chmod 600 {path}`")
+    def load(cls, path: Path) -> "Identity":
+        """The identity in the file, which must be there. Raises `ConfigError` where it cannot be trusted."""
+        data = read_secret_file(path, "identity")
         if len(data) != len(FILE_PREFIX) + 2 * KEY_BYTES or not data.startswith(FILE_PREFIX):
             raise ConfigError(f"{path} is not an identity file: wanted an ed25519 key of 68 bytes, got {len(data)}")
         identity = cls(data[len(FILE_PREFIX) : -KEY_BYTES])
@@ -67,31 +62,16 @@ class Identity:
             raise ConfigError(f"the identity file {path} is damaged: its two halves do not belong together")
         return identity
 
+    def save(self, path: Path) -> None:
+        """Writes a new identity file. Raises `FileExistsError` where there is one already, `ConfigError`."""
+        create_secret_file(path, FILE_PREFIX + self.private_bytes + self.public_bytes, "identity")
+
     def sign(self, data: bytes) -> bytes:
         """64 bytes that `verify_signature` accepts for this `peer_id` and this `data` only."""
         return self._key.sign(data)
 
     def __repr__(self) -> str:
         return f"Identity({self.peer_id})"
-
-
-def _create_file(path: Path, identity: Identity) -> None:
-    """Writes the file whole or not at all; whoever comes second finds the first one's."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(FILE_PREFIX + identity.private_bytes + identity.public_bytes)
-                file.flush()
-                os.fsync(file.fileno())
-            with contextlib.suppress(FileExistsError):
-                os.link(temporary, path)
-        finally:
-            temporary.unlink()
-    except OSError as error:
-        raise ConfigError(f"cannot create the identity file {path}: {error.strerror}") from error
 
 
 def peer_id_of(public_bytes: bytes) -> PeerId:

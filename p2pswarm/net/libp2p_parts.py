@@ -27,11 +27,11 @@ __all__ = [
     "MuxedStreamEOF",
     "MuxedStreamError",
     "RawConnection",
+    "ReadWriteCloser",
     "SecureSession",
     "TProtocol",
     "Transport",
     "TransportUpgrader",
-    "TrioTCPStream",
     "Yamux",
     "create_new_key_pair",
     "create_new_noise_key_pair",
@@ -65,8 +65,8 @@ with _bare_packages("libp2p", "libp2p.transport"):
     from libp2p.crypto.ed25519 import create_new_key_pair
     from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_key_pair
     from libp2p.custom_types import TProtocol
+    from libp2p.io.abc import ReadWriteCloser
     from libp2p.io.exceptions import IOException
-    from libp2p.io.trio import TrioTCPStream
     from libp2p.network.connection.raw_connection import RawConnection
     from libp2p.peer.id import ID
     from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL

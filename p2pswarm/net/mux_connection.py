@@ -14,6 +14,9 @@ What a peer can make us hold is bounded:
 - answers to it (pings, refusals): when too many wait, because it does not read, we stop reading from it;
 - window updates: one per stream at most waits, as a mark on the stream.
 
+A connection can move to another transport between the same two nodes, from a relay's circuit to a direct connection,
+under its open streams: `mux_transports.py` says how.
+
 Who breaks the rules gets a go-away with a code, and this connection ends; no other does. See
 `docs/protocol-transport.md`.
 """
@@ -22,7 +25,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Sequence
-from typing import Protocol
 
 import trio
 
@@ -42,6 +44,8 @@ from p2pswarm.net.mux_frames import (
     encode_header,
 )
 from p2pswarm.net.mux_stream import MuxStream
+from p2pswarm.net.mux_transports import SecureTransport, Transports
+from p2pswarm.net.path import DIRECT, ConnectionPath
 
 MUX_PROTOCOL = ProtocolId("/p2pswarm/mux/1.0.0")
 
@@ -56,6 +60,8 @@ WOKEN_WRITERS = 8
 GOODBYE_TIMEOUT_S = 1.0
 """What the peer gets to take our last bytes."""
 MAX_STREAM_ID = (1 << 32) - 1
+LEFT_TIMEOUT_S = 10.0
+"""How long a listener that has moved waits for the dialler to close the old transport."""
 GRANT_SHARE = 16
 """A new window takes one part in this many of the budget's rest: large for the first, fair to the last."""
 MAX_FIRST_GRANT_BYTES = 4 * 1024 * 1024
@@ -68,34 +74,22 @@ MAX_ROUND_TRIP_AGE_S = 60.0
 logger = logging.getLogger(__name__)
 
 
-class SecureTransport(Protocol):
-    """An authenticated, encrypted flow of bytes. Raises `ConnectionLost`; `ProtocolViolation` for forged bytes."""
-
-    async def read_some(self) -> bytes:
-        """What has arrived, at least one byte; `b""` at the end."""
-        ...
-
-    async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Sends what `write_now` has left, then the buffers."""
-        ...
-
-    def write_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
-        """Takes the buffers and sends what can be sent without waiting; whether that was all."""
-        ...
-
-    async def close(self) -> None: ...
-
-
 class MuxConnection:
     """One connection to one peer; `run` is its life."""
 
     def __init__(
-        self, transport: SecureTransport, peer_id: PeerId, *, is_initiator: bool, config: NetworkConfig = DEFAULT_CONFIG
+        self,
+        transport: SecureTransport,
+        peer_id: PeerId,
+        path: ConnectionPath = DIRECT,
+        *,
+        is_initiator: bool,
+        config: NetworkConfig = DEFAULT_CONFIG,
     ) -> None:
         self.peer_id = peer_id
         self.round_trip_s: float | None = None
         self.idle_since_s: float | None = trio.current_time()
-        self._transport = transport
+        self._transports = Transports(transport, path, peer_id, is_dialler=is_initiator)
         self._config = config
         self._next_stream_id = 1 if is_initiator else 2
         self._highest_peer_stream_id = 0
@@ -106,6 +100,7 @@ class MuxConnection:
         self._end: str | None = None
         self._ended = trio.Event()
         self._scope = trio.CancelScope()
+        self._nursery: trio.Nursery | None = None
         self._growth_left_bytes = config.max_receive_bytes_per_connection // 2
         self._buffered_bytes = 0
         # what waits for the writer
@@ -125,6 +120,10 @@ class MuxConnection:
         self._ping_sent_s: float | None = None
         self._ping_number = 0
         self._round_trip_measured_s = -MAX_ROUND_TRIP_AGE_S
+
+    @property
+    def path(self) -> ConnectionPath:
+        return self._transports.path
 
     @property
     def is_closed(self) -> bool:
@@ -171,13 +170,15 @@ class MuxConnection:
         try:
             with self._scope:
                 async with trio.open_nursery() as nursery:
+                    self._nursery = nursery
                     nursery.start_soon(self._read)
                     nursery.start_soon(self._write)
                     nursery.start_soon(self._keep_alive)
         finally:
             self._finish("this node closed it")
             with trio.move_on_after(GOODBYE_TIMEOUT_S, shield=True):
-                await self._transport.close()
+                for transport in self._transports.take_all():
+                    await transport.close()
             self._ended.set()
 
     async def close(self) -> None:
@@ -212,12 +213,49 @@ class MuxConnection:
         if self._end is not None:
             raise ConnectionLost(f"the connection to {self.peer_id} ended: {self._end}", self.peer_id)
 
+    # Moving
+
+    def move_to(self, transport: SecureTransport, path: ConnectionPath) -> None:
+        """Goes on over `transport`, which was proven to lead to the same peer; streams notice nothing.
+
+        The listener calls this first and tells the dialler, who calls it then. Takes over `transport`, unless it raises
+        `ConnectionLost`: the connection has ended, or is in the middle of a move.
+        """
+        self._raise_if_ended()
+        self._transports.begin(transport, path)
+        self._has_output.set()
+
+    def _note_move(self) -> None:
+        left = self._transports.take_left()
+        if not left:
+            return
+        logger.debug("the connection to %s moved, it is %s now", self.peer_id, self.path)
+        self._ping()  # for its new round trip
+        assert self._nursery is not None, "frames come and go while it runs"
+        for transport in left:
+            self._nursery.start_soon(self._leave, transport)
+
+    async def _leave(self, transport: SecureTransport) -> None:
+        try:
+            if not self._transports.is_dialler:
+                with trio.move_on_after(LEFT_TIMEOUT_S):
+                    while await transport.read_some():
+                        pass
+        except (NetworkError, ProtocolViolation) as error:
+            logger.debug("the transport to %s that was left ended: %s", self.peer_id, error)
+        finally:
+            with trio.move_on_after(GOODBYE_TIMEOUT_S, shield=True):
+                await transport.close()
+
     # Writing
 
     async def _write(self) -> None:
         try:
             while True:
                 batch = self._take_output()
+                is_last = self._transports.has_to_leave
+                if is_last:
+                    batch.append(encode_header(FrameType.MOVE, 0, 0, 0))
                 if not batch and not self._has_rest:
                     self._waiting_for_room.unpark_all()
                     self._has_output = trio.Event()
@@ -225,9 +263,12 @@ class MuxConnection:
                     continue
                 self._waiting_for_room.unpark(count=WOKEN_WRITERS)
                 self._is_writing, self._has_rest = True, False
-                await self._transport.write_all(batch)
+                await self._transports.outgoing.write_all(batch)
                 self._is_writing = False
                 self._progress.unpark_all()
+                if is_last:
+                    self._transports.leave()
+                    self._note_move()
         except NetworkError as error:
             self._finish(str(error))
 
@@ -266,7 +307,7 @@ class MuxConnection:
             self._enqueue(*buffers)
             return
         try:
-            self._has_rest = not self._transport.write_now(buffers)
+            self._has_rest = not self._transports.outgoing.write_now(buffers)
         except NetworkError as error:
             self._finish(str(error))
         if self._has_rest:
@@ -342,10 +383,12 @@ class MuxConnection:
     async def _read(self) -> None:
         parser = FrameParser()
         try:
-            while data := await self._transport.read_some():
+            while data := await self._transports.incoming.read_some():
                 self._last_received_s = trio.current_time()
                 for frame in parser.feed(data):
                     self._handle(frame)
+                if parser.is_over:
+                    parser = FrameParser()
                 while self._is_overfull() or self._is_owed_too_much():
                     await self._progress.park()
             self._finish("the peer closed it")
@@ -370,6 +413,10 @@ class MuxConnection:
                 self._handle_stream_frame(frame)
             case FrameType.PING:
                 self._handle_ping(frame)
+            case FrameType.MOVE:
+                self._transports.arrive()
+                self._note_move()
+                self._has_output.set()
             case _:
                 raise ConnectionLost(f"the peer said good-bye with code {frame.length}", self.peer_id)
 

@@ -6,6 +6,7 @@ A frame is a header of 12 bytes, big endian: version (0), type, flags (16 bits),
          1 window update  length is how much more the peer may send on this stream
          2 ping           length is a number that the answer (flag ACK) repeats; stream id 0
          3 go away        length is a `GoAwayCode`; stream id 0
+         4 move           the last frame on this transport: the connection goes on over another; stream id 0
     flags: 1 SYN opens a stream, 2 ACK accepts it, 4 FIN closes the sender's side, 8 RST ends it at once
 
 Payloads are handed out as they come, never gathered, so that the parser holds less than one header whatever a peer
@@ -35,6 +36,7 @@ class FrameType(IntEnum):
     WINDOW_UPDATE = 1
     PING = 2
     GO_AWAY = 3
+    MOVE = 4
 
 
 SYN, ACK, FIN, RST = 1, 2, 4, 8
@@ -65,6 +67,8 @@ class FrameParser:
     """Cuts what arrives into frames. Raises `ProtocolViolation` at what cannot be right, and is useless then."""
 
     def __init__(self) -> None:
+        self.is_over = False
+        """Whether a move has come: these bytes have an end, and others elsewhere go on."""
         self._partial_header = b""
         self._stream_id = 0
         self._closing_flags = 0
@@ -77,6 +81,10 @@ class FrameParser:
             self._partial_header = b""
         start = 0
         while True:
+            if self.is_over:
+                if start < len(data):
+                    raise ProtocolViolation(f"{len(data) - start} bytes came after the move that was the last frame")
+                return
             if self._payload_left:
                 if start == len(data):
                     return
@@ -90,6 +98,7 @@ class FrameParser:
             version, type, flags, stream_id, length = HEADER.unpack_from(data, start)
             start += HEADER.size
             _check(version, type, flags, stream_id, length)
+            self.is_over = type == FrameType.MOVE
             if type != FrameType.DATA or not length:
                 yield Frame(type, flags, stream_id, length)
                 continue
@@ -113,8 +122,8 @@ class FrameParser:
 def _check(version: int, type: int, flags: int, stream_id: int, length: int) -> None:
     if version != VERSION:
         raise ProtocolViolation(f"a muxer frame starts with version {VERSION}, got {version}")
-    if type > FrameType.GO_AWAY:
-        raise ProtocolViolation(f"a muxer frame has type 0 to 3, got {type}")
+    if type > FrameType.MOVE:
+        raise ProtocolViolation(f"a muxer frame has type 0 to 4, got {type}")
     if flags & ~ALL_FLAGS:
         raise ProtocolViolation(f"a muxer frame has flags 1, 2, 4 and 8, got {flags}")
     if (stream_id == 0) != (type >= FrameType.PING):

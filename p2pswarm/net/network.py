@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from p2pswarm.core.ids import PeerId, ProtocolId
+from p2pswarm.net.addresses import TcpAddress
+from p2pswarm.net.path import ConnectionPath
 
 Buffer = bytes | bytearray | memoryview
 
@@ -60,7 +62,23 @@ class Network(Protocol):
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        """Own multiaddrs that others can dial, each ending in `/p2p/<peer id>`."""
+        """Own multiaddrs that others can dial, each ending in `/p2p/<peer id>`; they may change over time."""
+        ...
+
+    def publish(self, addresses: Sequence[str] | None) -> None:
+        """Makes these its `addresses` from now on; None: those that it started with. Raises `ConfigError`."""
+        ...
+
+    def own_listen_addresses(self) -> tuple[TcpAddress, ...]:
+        """What it listens on, one address for each interface of the machine where it listens on all."""
+        ...
+
+    async def dial_fresh(self, address: TcpAddress, peer_id: PeerId) -> None:
+        """Opens a TCP connection of its own there, lets the peer prove who it is, and closes it again.
+
+        Open connections are never used for it, so that it tells whether a stranger would get through. Set a deadline.
+        Raises `ConnectionLost`.
+        """
         ...
 
     def sign(self, data: bytes) -> bytes:
@@ -96,6 +114,10 @@ class Network(Protocol):
 
     @property
     def connected_peers(self) -> frozenset[PeerId]: ...
+
+    def path(self, peer_id: PeerId) -> ConnectionPath | None:
+        """How the connection that a new stream would take gets to the peer; None without a connection."""
+        ...
 
     def round_trip_s(self, peer_id: PeerId) -> float | None:
         """The latest round trip measured by the connection's keep-alive; None where there is none yet."""

@@ -5,26 +5,23 @@ and a write of any length is one send. Only two tasks use a session after the ha
 writer, so a cancelled caller can neither tear a message nor lose a nonce.
 """
 
-import os
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, cast
 
-import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
-from p2pswarm.core.errors import ConnectionLost, ProtocolViolation
+from p2pswarm.core.errors import ProtocolViolation
 from p2pswarm.net.libp2p_parts import ID, IRawConnection, ISecureConn, SecureSession, Transport
+from p2pswarm.net.path import ConnectionPath
+from p2pswarm.net.pipe import Pipe
 from p2pswarm.net.traffic import Traffic
 
 MAX_PLAINTEXT_BYTES = 65535 - 16
 """Of one noise message: 65,535 bytes with its tag."""
 LENGTH_BYTES = 2
 READ_BYTES = 256 * 1024
-CAN_WRITE_TO_SOCKETS = os.name == "posix"
-"""A socket is a file there. Trio has no way to send without waiting, nor to get at its socket."""
-SOCKET_ERRORS = (trio.BrokenResourceError, trio.ClosedResourceError, OSError)
 
 
 class NoiseTransport(Transport):
@@ -46,7 +43,7 @@ class NoiseSession(SecureSession):
 
     _encryption: ChaCha20Poly1305
     _decryption: ChaCha20Poly1305
-    _socket: trio.SocketStream
+    _pipe: Pipe
     _traffic: Traffic
 
     @classmethod
@@ -66,8 +63,7 @@ class NoiseSession(SecureSession):
         session._traffic = traffic
         session._encryption = noise.cipher_state_encrypt.cipher.cipher
         session._decryption = noise.cipher_state_decrypt.cipher.cipher
-        # libp2p's wrappers around the socket lock each call; two tasks with a direction each need no locks.
-        session._socket = reader_writer.read_writer.read_write_closer.stream.stream
+        session._pipe = reader_writer.read_writer.read_write_closer.stream.pipe
         return session
 
     def __init__(self, **arguments: Any) -> None:
@@ -78,28 +74,22 @@ class NoiseSession(SecureSession):
         self._ciphertext = b""
         self._plaintexts: deque[bytes] = deque()
 
+    @property
+    def path(self) -> ConnectionPath:
+        return self._pipe.path
+
     async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Encrypts the buffers as one run of bytes and sends it, after what `write_now` has left."""
         data, self._unsent = self._unsent + self._encrypt(buffers), b""
-        try:
-            await self._socket.send_all(data)
-        except SOCKET_ERRORS as error:
-            raise ConnectionLost(f"the connection broke: {error}") from error
+        await self._pipe.send_all(data)
 
     def write_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
-        """Encrypts the buffers and gives the socket what it takes without waiting; whether that was all.
+        """Encrypts the buffers and gives the pipe what it takes without waiting; whether that was all.
 
         Not while `write_all` is under way, nor when something was left before.
         """
         data = self._encrypt(buffers)
-        num_sent = 0
-        if CAN_WRITE_TO_SOCKETS:
-            try:
-                num_sent = os.write(self._socket.socket.fileno(), data)
-            except BlockingIOError:
-                pass
-            except OSError as error:
-                raise ConnectionLost(f"the connection broke: {error}") from error
+        num_sent = self._pipe.send_now(data)
         self._unsent = data[num_sent:]
         return not self._unsent
 
@@ -123,10 +113,7 @@ class NoiseSession(SecureSession):
                 plaintext = self._plaintexts.popleft()
                 if plaintext:
                     return plaintext
-            try:
-                arrived = bytes(await self._socket.receive_some(READ_BYTES))
-            except SOCKET_ERRORS as error:
-                raise ConnectionLost(f"the connection broke: {error}") from error
+            arrived = await self._pipe.receive_some(READ_BYTES)
             if not arrived:
                 return b""
             self._traffic.received_bytes += len(arrived)

@@ -22,6 +22,7 @@ from p2pswarm.net.libp2p_parts import (
     MuxedStreamError,
 )
 from p2pswarm.net.network import Buffer
+from p2pswarm.net.path import ConnectionPath
 
 READ_AHEAD_BYTES = 256 * 1024
 STREAM_ERRORS = (MuxedStreamError, MuxedConnError, IOException, OSError, RuntimeError, trio.BrokenResourceError)
@@ -36,8 +37,9 @@ class StockConnection:
     round_trip_s: float | None = None
     idle_since_s: float | None
 
-    def __init__(self, muxed: IMuxedConn, peer_id: PeerId) -> None:
+    def __init__(self, muxed: IMuxedConn, peer_id: PeerId, path: ConnectionPath) -> None:
         self.peer_id = peer_id
+        self.path = path
         self._muxed = muxed
         self._accepted: deque[StockStream] = deque()
         self._changed = trio.Condition()

@@ -1,13 +1,13 @@
-"""From bare TCP to an authenticated connection with streams: libp2p's negotiation, our noise session and muxer.
+"""From a bare pipe to an authenticated connection with streams: libp2p's negotiation, our noise session and muxer.
 
 The order in which muxers are offered is the order of preference: ours, then stock yamux, so that any libp2p node can
 connect. All that is used of libp2p comes from `libp2p_parts.py`.
 """
 
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 from typing import Any, cast
-
-import trio
 
 from p2pswarm.core.errors import ConnectionLost
 from p2pswarm.core.ids import PeerId
@@ -21,15 +21,16 @@ from p2pswarm.net.libp2p_parts import (
     IMuxedConn,
     ISecureConn,
     RawConnection,
+    ReadWriteCloser,
     TProtocol,
     TransportUpgrader,
-    TrioTCPStream,
     Yamux,
     create_new_key_pair,
     create_new_noise_key_pair,
 )
 from p2pswarm.net.mux_connection import MUX_PROTOCOL, MuxConnection
-from p2pswarm.net.noise_session import NoiseSession, NoiseTransport
+from p2pswarm.net.noise_session import READ_BYTES, NoiseSession, NoiseTransport
+from p2pswarm.net.pipe import Pipe
 from p2pswarm.net.stock_connection import StockConnection
 from p2pswarm.net.traffic import Traffic
 
@@ -53,36 +54,74 @@ class Upgrader:
     def _new_mux_connection(self, secured: ISecureConn, peer_id: ID) -> MuxConnection:
         assert isinstance(secured, NoiseSession)
         return MuxConnection(
-            secured, PeerId(peer_id.to_base58()), is_initiator=secured.is_initiator, config=self._config
+            secured,
+            PeerId(peer_id.to_base58()),
+            secured.path,
+            is_initiator=secured.is_initiator,
+            config=self._config,
         )
 
-    async def upgrade(self, stream: trio.SocketStream, peer_id: PeerId | None) -> Connection:
-        """The connection over `stream`, dialled to `peer_id` or (None) accepted from whoever it turns out to be.
+    async def upgrade(self, pipe: Pipe, peer_id: PeerId | None) -> Connection:
+        """The connection over `pipe`, dialled to `peer_id` or (None) accepted from whoever it turns out to be.
 
-        Closes the stream when it fails, with `ConnectionLost`, or is cancelled. Set a deadline: the peer may never
+        Closes the pipe when it fails, with `ConnectionLost`, or is cancelled. Set a deadline: the peer may never
         answer.
         """
-        try:
-            return await self._upgrade(stream, peer_id)
-        except BaseException as error:
-            await trio.aclose_forcefully(stream)
-            if not isinstance(error, Exception):
-                raise
-            # A border: a stranger's bytes can fail in any layer of libp2p, each with exceptions of its own.
-            raise ConnectionLost(f"no agreement with {peer_id or 'the peer'}: {_reason(error)}", peer_id) from error
+        async with _closed_on_failure(pipe, peer_id):
+            secured = await self._secure(pipe, peer_id)
+            authenticated = secured.get_remote_peer()
+            # Ours or Yamux, as agreed; to libp2p's types both are the latter.
+            muxed: IMuxedConn | MuxConnection = await self._upgrader.upgrade_connection(secured, authenticated)
+            if isinstance(muxed, MuxConnection):
+                return muxed
+            return StockConnection(muxed, PeerId(authenticated.to_base58()), pipe.path)
 
-    async def _upgrade(self, stream: trio.SocketStream, peer_id: PeerId | None) -> Connection:
-        raw = RawConnection(TrioTCPStream(stream), initiator=peer_id is not None)
+    async def authenticate(self, pipe: Pipe, peer_id: PeerId) -> None:
+        """Lets the peer that was dialled prove that it is `peer_id`, and closes the pipe. Raises `ConnectionLost`."""
+        async with _closed_on_failure(pipe, peer_id):
+            await self._secure(pipe, peer_id)
+        await pipe.aclose()
+
+    async def _secure(self, pipe: Pipe, peer_id: PeerId | None) -> ISecureConn:
+        raw = RawConnection(PipeForLibp2p(pipe), initiator=peer_id is not None)
         expected = ID.from_base58(peer_id) if peer_id is not None else None
         secured = await self._upgrader.upgrade_security(raw, expected is not None, expected)
         authenticated = secured.get_remote_peer()
         if not is_peer_id(authenticated.to_base58()):
             raise ConnectionLost(f"the peer has no ed25519 key: {authenticated}")
-        # Ours or Yamux, as agreed; to libp2p's types both are the latter.
-        muxed: IMuxedConn | MuxConnection = await self._upgrader.upgrade_connection(secured, authenticated)
-        if isinstance(muxed, MuxConnection):
-            return muxed
-        return StockConnection(muxed, PeerId(authenticated.to_base58()))
+        return secured
+
+
+class PipeForLibp2p(ReadWriteCloser):
+    """A pipe as libp2p wants it; what it raises is ours, and libp2p lets it through."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self.pipe = pipe
+
+    async def read(self, n: int | None = None) -> bytes:
+        return await self.pipe.receive_some(READ_BYTES if n is None else n) if n != 0 else b""
+
+    async def write(self, data: bytes) -> None:
+        await self.pipe.send_all(data)
+
+    async def close(self) -> None:
+        await self.pipe.aclose()
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        remote = self.pipe.path.remote
+        return None if remote is None else (remote.host, remote.port)
+
+
+@contextlib.asynccontextmanager
+async def _closed_on_failure(pipe: Pipe, peer_id: PeerId | None) -> AsyncIterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        await pipe.aclose()
+        if not isinstance(error, Exception):
+            raise
+        # A border: a stranger's bytes can fail in any layer of libp2p, each with exceptions of its own.
+        raise ConnectionLost(f"no agreement with {peer_id or 'the peer'}: {_reason(error)}", peer_id) from error
 
 
 def _reason(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import trio
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
+from p2pswarm.net.path import DIRECT
 from p2pswarm.testing.memory_stream import MemoryStream
 
 PACKET_BYTES = 1400
@@ -106,6 +107,7 @@ class ConnectionEnd:
         self.twin: ConnectionEnd = self
         self.is_open = True
         self.link = Link()
+        self.path = DIRECT
         self.is_blocked = False
         """Nothing leaves: the path is cut, or the node hangs. What is sent is held until that is over."""
         self.num_changes = 0

@@ -116,4 +116,4 @@ class MemoryNetwork:
     def at(self, transport: str) -> MemoryNode | None:
         """The node that listens there, dead or alive."""
         node = self._nodes.get(transport)
-        return node if node is not None and node.addresses else None
+        return node if node is not None and node.own_listen_addresses() else None

@@ -10,10 +10,11 @@ import trio
 from p2pswarm.core.errors import ConnectionLost, PeerUnreachable, ProtocolViolation
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.net.address_book import AddressBook
-from p2pswarm.net.addresses import join_peer_address, split_peer_address
+from p2pswarm.net.addresses import TcpAddress, join_peer_address, parse_tcp_address, split_peer_address
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Stream, StreamHandler
+from p2pswarm.net.path import ConnectionPath
 from p2pswarm.net.serving import run_handler
 from p2pswarm.net.shared_calls import SharedCalls
 from p2pswarm.testing.memory_connection import ConnectionEnd, Inbox, Link
@@ -21,6 +22,8 @@ from p2pswarm.testing.memory_stream import HEADER_BYTES, MemoryStream
 
 CONNECT_ROUND_TRIPS = 6.5
 """TCP 1, choice of noise 2, the noise handshake 1.5, choice of muxer 2."""
+AUTHENTICATE_ROUND_TRIPS = 4.5
+"""The same without the choice of muxer."""
 RETRY_INTERVAL_S = 0.5
 """How soon a handshake with a node that hung, or was cut off, goes on afterwards."""
 
@@ -53,6 +56,7 @@ class MemoryNode:
         self._world = world
         self._identity = identity
         self._transport = transport
+        self._published: tuple[str, ...] | None = None
         self._config = config
         self._random = randomness
         self._handlers: dict[ProtocolId, StreamHandler] = {}
@@ -74,7 +78,19 @@ class MemoryNode:
 
     @property
     def addresses(self) -> tuple[str, ...]:
-        return () if self._transport is None else (join_peer_address(self._transport, self.peer_id),)
+        transports = self._published
+        if transports is None:
+            transports = () if self._transport is None else (self._transport,)
+        return tuple(join_peer_address(transport, self.peer_id) for transport in transports)
+
+    def publish(self, addresses: Sequence[str] | None) -> None:
+        self._published = None if addresses is None else tuple(map(self._own_transport, addresses))
+
+    def _own_transport(self, address: str) -> str:
+        return str(parse_tcp_address(address.removesuffix(f"/p2p/{self.peer_id}")))
+
+    def own_listen_addresses(self) -> tuple[TcpAddress, ...]:
+        return () if self._transport is None else (parse_tcp_address(self._transport),)
 
     def sign(self, data: bytes) -> bytes:
         return self._identity.sign(data)
@@ -109,6 +125,14 @@ class MemoryNode:
             raise
         return stream
 
+    async def dial_fresh(self, address: TcpAddress, peer_id: PeerId) -> None:
+        node = self._world.at(str(address))
+        if self._world.is_cut(self.peer_id, peer_id) or (node is not None and self._is_stuck(node)):
+            await trio.sleep_forever()
+        await trio.sleep(self._world.link(self.peer_id, peer_id).round_trip_s * AUTHENTICATE_ROUND_TRIPS)
+        if node is None or not node.is_running or node.peer_id != peer_id:
+            raise ConnectionLost(f"{peer_id} does not answer at {address}", peer_id)
+
     async def disconnect(self, peer_id: PeerId) -> None:
         await trio.lowlevel.checkpoint()
         for end in list(self._ends.get(peer_id, ())):
@@ -117,6 +141,10 @@ class MemoryNode:
     @property
     def connected_peers(self) -> frozenset[PeerId]:
         return frozenset(self._ends)
+
+    def path(self, peer_id: PeerId) -> ConnectionPath | None:
+        ends = self._ends.get(peer_id)
+        return ends[0].path if ends else None
 
     def round_trip_s(self, peer_id: PeerId) -> float | None:
         ends = self._ends.get(peer_id)
@@ -154,14 +182,15 @@ class MemoryNode:
         return self.is_hung or node.is_hung or self._world.is_cut(self.peer_id, node.peer_id)
 
     def _join(self, node: "MemoryNode") -> ConnectionEnd:
-        ours, theirs = self._new_end(node.peer_id), node._new_end(self.peer_id)
+        ours, theirs = self._new_end(node), node._new_end(self)
         ours.twin, theirs.twin = theirs, ours
         return ours
 
-    def _new_end(self, peer_id: PeerId) -> ConnectionEnd:
-        end = ConnectionEnd(self.inbox, peer_id, self._random, self._on_stream, self._on_lost)
-        end.link = self._world.link(self.peer_id, peer_id)
-        self._ends.setdefault(peer_id, []).append(end)
+    def _new_end(self, node: "MemoryNode") -> ConnectionEnd:
+        end = ConnectionEnd(self.inbox, node.peer_id, self._random, self._on_stream, self._on_lost)
+        end.link = self._world.link(self.peer_id, node.peer_id)
+        end.path = ConnectionPath(remote=next(iter(node.own_listen_addresses()), None))
+        self._ends.setdefault(node.peer_id, []).append(end)
         return end
 
     def _on_stream(self, end: ConnectionEnd, stream: MemoryStream) -> None:

@@ -17,8 +17,10 @@ import trio.testing
 
 from p2pswarm.core.errors import ConfigError, ConnectionLost, PeerUnreachable, ProtocolViolation, SwarmingError
 from p2pswarm.core.ids import PeerId, ProtocolId
+from p2pswarm.net.addresses import TcpAddress
 from p2pswarm.net.identity import Identity, verify_signature
 from p2pswarm.net.network import Network, Stream
+from p2pswarm.net.path import ConnectionPath
 
 ECHO = ProtocolId("/contract/echo/1")
 COLLECT = ProtocolId("/contract/collect/1")
@@ -541,3 +543,41 @@ async def addresses_end_with_the_peer_id_and_round_trips_are_measured(nodes: Nod
         assert alice.round_trip_s(bob.peer_id) is None
         await alice.connect(bob.addresses[0])
         await eventually(lambda: alice.round_trip_s(bob.peer_id) is not None)
+
+
+@in_contract
+async def published_addresses_stand_for_the_own_ones_until_they_are_withdrawn(nodes: Nodes) -> None:
+    async with nodes.open_node() as alice:
+        own = alice.addresses
+        alice.publish(["/ip4/192.0.2.1/tcp/4001", f"/ip4/192.0.2.2/tcp/4002/p2p/{alice.peer_id}"])
+        assert alice.addresses == (
+            f"/ip4/192.0.2.1/tcp/4001/p2p/{alice.peer_id}",
+            f"/ip4/192.0.2.2/tcp/4002/p2p/{alice.peer_id}",
+        )
+        alice.publish([])
+        assert not alice.addresses
+        alice.publish(None)
+        assert alice.addresses == own
+
+
+@in_contract
+async def the_path_to_a_peer_is_known_while_there_is_a_connection(nodes: Nodes) -> None:
+    async with nodes.open_node() as alice, nodes.open_node() as bob:
+        assert alice.path(bob.peer_id) is None
+        await alice.connect(bob.addresses[0])
+        assert alice.path(bob.peer_id) == ConnectionPath(remote=bob.own_listen_addresses()[0])
+        await alice.disconnect(bob.peer_id)
+        assert alice.path(bob.peer_id) is None
+
+
+@in_contract
+async def a_fresh_dial_tells_whether_the_peer_answers_there_and_leaves_no_connection(nodes: Nodes) -> None:
+    async with nodes.open_node() as alice, nodes.open_node() as bob:
+        address = bob.own_listen_addresses()[0]
+        await alice.dial_fresh(address, bob.peer_id)
+        await eventually(lambda: not alice.connected_peers and not bob.connected_peers)
+        await raises(ConnectionLost, lambda: alice.dial_fresh(address, alice.peer_id))
+        await alice.connect(bob.addresses[0])
+        nowhere = TcpAddress(address.kind, address.host, 1)
+        await raises(ConnectionLost, lambda: alice.dial_fresh(nowhere, bob.peer_id))
+        assert alice.connected_peers == {bob.peer_id}

@@ -19,6 +19,7 @@ from p2pswarm.net.mux_connection import MuxConnection
 from p2pswarm.net.mux_frames import FrameType, encode_header
 from p2pswarm.net.negotiation import GREETING, encode_message
 from p2pswarm.net.network import Network
+from p2pswarm.net.pipe import TcpPipe
 from p2pswarm.net.upgrade import Upgrader
 from p2pswarm.testing.network_contract import ECHO, HOLD, echo, hold, read_all, read_exactly
 
@@ -63,7 +64,7 @@ async def test_broken_frames_end_that_connection_only(frames: bytes, caplog: pyt
         await honest.connect(server.addresses[0])
         stream = await honest.open_stream(server.peer_id, ECHO)
         upgrader = Upgrader(Identity.generate(), NetworkConfig())
-        attacker = await upgrader.upgrade(await open_socket(server.addresses[0]), server.peer_id)
+        attacker = await upgrader.upgrade(TcpPipe(await open_socket(server.addresses[0])), server.peer_id)
         assert isinstance(attacker, MuxConnection)
         with trio.fail_after(5), contextlib.suppress(ConnectionLost):
             await attacker._transport.write_all([frames])

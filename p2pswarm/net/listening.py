@@ -1,0 +1,132 @@
+"""The way in: listeners, and from a socket that was accepted to a connection in the table.
+
+How many may come in and whom the table makes room for is decided here; the handshake itself is in `upgrade.py`.
+"""
+
+import errno
+import logging
+import socket
+from collections.abc import Sequence
+
+import psutil
+import trio
+
+from p2pswarm.core.errors import ConfigError, NetworkError
+from p2pswarm.net.addresses import TcpAddress, expand_wildcards
+from p2pswarm.net.config import NetworkConfig
+from p2pswarm.net.connection import Connection
+from p2pswarm.net.connection_table import ConnectionTable
+from p2pswarm.net.pipe import Pipe, TcpPipe
+from p2pswarm.net.upgrade import Upgrader
+
+MAX_INBOUND_HANDSHAKES = 128
+"""At once; the dial timeout ends each. A stranger who connects and says nothing costs one of these for that long."""
+LISTEN_BACKLOG = 512
+INTERFACES_LIFETIME_S = 30.0
+"""A laptop that changes its network is noticed this late; asking the system costs a millisecond."""
+IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
+
+logger = logging.getLogger(__name__)
+
+
+class Listening:
+    """Takes in connections for one node, until `stop`."""
+
+    def __init__(
+        self, upgrader: Upgrader, table: ConnectionTable, config: NetworkConfig, nursery: trio.Nursery
+    ) -> None:
+        self._upgrader = upgrader
+        self._table = table
+        self._config = config
+        self._nursery = nursery
+        self._addresses: list[TcpAddress] = []
+        self._interfaces: list[str] = []
+        self._interfaces_expire_s = 0.0
+        self._scope = trio.CancelScope()
+        self._handshakes = trio.CapacityLimiter(MAX_INBOUND_HANDSHAKES)
+        self._is_stopped = False
+
+    def addresses(self) -> tuple[TcpAddress, ...]:
+        """What it listens on, one address for each interface of the machine where it listens on all."""
+        if trio.current_time() >= self._interfaces_expire_s:
+            self._interfaces = _interface_hosts()
+            self._interfaces_expire_s = trio.current_time() + INTERFACES_LIFETIME_S
+        return tuple(expand_wildcards(self._addresses, self._interfaces))
+
+    async def listen(self, addresses: Sequence[TcpAddress]) -> None:
+        """Opens all the listeners, or none."""
+        listeners: list[trio.SocketListener] = []
+        try:
+            for address in addresses:
+                opened = await _open_listener(address)
+                listeners.append(opened)
+                self._addresses.append(TcpAddress(address.kind, address.host, opened.socket.getsockname()[1]))
+        except BaseException:
+            for listener in listeners:
+                listener.socket.close()
+            raise
+        if listeners:
+            self._nursery.start_soon(self._accept_sockets, listeners)
+
+    def stop(self) -> None:
+        self._is_stopped = True
+        self._scope.cancel()
+
+    async def _accept_sockets(self, listeners: list[trio.SocketListener]) -> None:
+        with self._scope:
+            await trio.serve_listeners(self._accept_socket, listeners, handler_nursery=self._nursery)
+
+    async def _accept_socket(self, stream: trio.SocketStream) -> None:
+        pipe = TcpPipe(stream)
+        await self.accept(pipe)
+        await pipe.wait_closed()  # trio closes the socket when this returns
+
+    async def accept(self, pipe: Pipe) -> None:
+        """Makes a connection of what a peer opened and hands it to the table, or closes the pipe."""
+        if not self._can_take_one_more():
+            await pipe.aclose()
+            return
+        try:
+            async with self._handshakes:
+                with trio.fail_after(self._config.dial_timeout_s):
+                    connection = await self._upgrader.upgrade(pipe, None)
+        except (NetworkError, trio.TooSlowError) as error:
+            logger.debug("an incoming connection came to nothing: %s", error)
+            return
+        if len(self._table.of(connection.peer_id)) >= self._config.max_connections_per_peer:
+            logger.warning("%s has too many connections already, one more is refused", connection.peer_id)
+        elif self._can_take_one_more():
+            self._table.make_room()
+            self._table.adopt(connection, is_dialled=False)
+            return
+        await _discard(connection)
+
+    def _can_take_one_more(self) -> bool:
+        return not self._is_stopped and self._table.can_take_one_more()
+
+
+async def _discard(connection: Connection) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.run)
+        await connection.close()
+
+
+async def _open_listener(address: TcpAddress) -> trio.SocketListener:
+    if address.kind not in ("ip4", "ip6"):
+        raise ConfigError(f"a node listens on an IP address of this machine, got {address}")
+    try:
+        listeners = await trio.open_tcp_listeners(address.port, host=address.host, backlog=LISTEN_BACKLOG)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(f"cannot listen on {address}: port {address.port} is taken by another program") from error
+        raise ConfigError(f"cannot listen on {address}: {error.strerror or error}") from error
+    assert len(listeners) == 1, "one IP address makes one listener"
+    return listeners[0]
+
+
+def _interface_hosts() -> list[str]:
+    """This machine's IP addresses that can be dialled; link-local ones need more than an address."""
+    hosts = [
+        entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family in IP_FAMILIES
+    ]
+    return [host for host in hosts if not host.startswith("fe80:") and not host.startswith("169.254.")]

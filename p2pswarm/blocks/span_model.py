@@ -468,4 +468,6 @@ def load_span(
         else:
             load_quantized(layout, span, source, quantization, dtype=dtype, device=device)
         loaded = [adapter.load(span, dtype=dtype, device=device) for adapter in adapters]
-        return SpanModel(layout, span, dtype=dtype, device=device, adapters=loaded)
+        model = SpanModel(layout, span, dtype=dtype, device=device, adapters=loaded)
+        source.release()  # a mapped file whose weights were all copied takes no memory any more
+        return model

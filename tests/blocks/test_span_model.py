@@ -1,12 +1,15 @@
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from p2pswarm.blocks.column_kernel import find_column_kernel
 from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel, load_span
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
@@ -44,6 +47,16 @@ def test_a_span_holds_its_own_weights_and_no_others(span: SpanModel, checkpoint:
     assert sum(parameter.numel() for parameter in span._decoder.parameters()) == expected
     assert span.span == Span(2, 5)
     assert span.hidden_size == HIDDEN
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="psutil tells what is mapped only on Linux")
+@pytest.mark.skipif(find_column_kernel() is None, reason="without the kernel some weights stay in the file")
+def test_a_loaded_span_leaves_no_file_mapped(tmp_path: Path) -> None:
+    path = save_tiny_checkpoint(tmp_path, "gemma2")
+    span = load_span(open_checkpoint(str(path)), Span(2, 5))
+
+    assert span.span == Span(2, 5)
+    assert not [mapped for mapped in psutil.Process().memory_maps() if mapped.path.startswith(str(path))]
 
 
 def test_only_the_span_s_tensors_are_read(checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:

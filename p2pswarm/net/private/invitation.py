@@ -15,7 +15,7 @@ import msgpack
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
-from p2pswarm.net.addresses import check_peer_address
+from p2pswarm.net.addresses import split_peer_address
 from p2pswarm.net.private.swarm_key import SwarmKey
 
 PREFIX = "p2pswarm:"
@@ -58,7 +58,10 @@ class Invitation:
     def _of(cls, fields: list[object]) -> "Invitation":
         match fields:
             case [bytes(secret), str(owner), list(addresses)]:
-                return cls(SwarmKey(secret, PeerId(owner)), tuple(check_peer_address(str(one)) for one in addresses))
+                invitation = cls(SwarmKey(secret, PeerId(owner)), tuple(map(str, addresses)))
+                for address in invitation.addresses:
+                    split_peer_address(address)
+                return invitation
         raise ConfigError("this invitation does not hold a key, its owner and addresses: ask for another one")
 
 

@@ -81,9 +81,7 @@ class MemberList:
         except ProtocolViolation as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def changed_by(
-        self, owner: Identity, *, add: Iterable[PeerId] = (), remove: Iterable[PeerId] = ()
-    ) -> "MemberList":
+    def changed_by(self, owner: Identity, *, add: Iterable[PeerId] = (), remove: Iterable[PeerId] = ()) -> "MemberList":
         """The next version. Raises `ConfigError`: somebody else's list."""
         if owner.peer_id != self.owner:
             raise ConfigError(f"the list belongs to {self.owner}, this is the key of {owner.peer_id}")

@@ -59,7 +59,7 @@ class Entrant:
     let_in: Callable[[], None] = field(default=lambda: None)
     """Called when its handshake may begin."""
     expected_s: float = 0.0
-    """What its handshake was charged so far."""
+    """What its handshake was charged when it was let in."""
 
 
 class Admission:
@@ -101,24 +101,23 @@ class Admission:
             self._waiting.setdefault(entrant.source, []).append(entrant)
 
     def let_in_next(self, now_s: float) -> float | None:
-        """Lets in whose turn it is; when to call this again, None: when somebody has asked."""
-        while self._waiting:
-            ready_at_s = self._pace.ready_at_s(now_s)
-            if ready_at_s > now_s:
-                return ready_at_s
+        """Lets in whose turn it is, one at most; when to call this again, None: when somebody has asked."""
+        if not self._waiting:
+            return None
+        ready_at_s = self._pace.ready_at_s(now_s)
+        if ready_at_s <= now_s:
             entrant = self._next_waiting()
             entrant.expected_s = self._estimate_s
             self._pace.spend(entrant.expected_s, now_s)
             entrant.let_in()
-        return None
+        return ready_at_s
 
     def leave(self, entrant: Entrant, spent_s: float, now_s: float) -> None:
-        """It is in, or has gone; its handshake took `spent_s` of CPU time. A second time does nothing."""
-        if entrant not in self._present:
-            return
-        self._remove(entrant)
+        """It is in, or has gone; its handshake took `spent_s` of CPU time. Once for each that has arrived."""
+        if entrant in self._present:
+            self._remove(entrant)
         self._pace.spend(spent_s - entrant.expected_s, now_s)
-        if entrant.expected_s:
+        if spent_s:
             self._estimate_s += ESTIMATE_WEIGHT * (spent_s - self._estimate_s)
 
     def failed(self, source: Source, now_s: float) -> bool:

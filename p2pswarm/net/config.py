@@ -36,6 +36,14 @@ class NetworkConfig:
     max_connections: int = 1024
     """At this limit the one that has been idle longest is closed for a newcomer."""
     max_connections_per_peer: int = 8
+    max_entrants: int = 256
+    """Strangers in their handshakes, waiting for them, or silent. One more, and the address with the most loses one."""
+    first_bytes_timeout_s: float = 3.0
+    """Who has said nothing for so long is no longer listened to."""
+    handshake_share: float = 0.2
+    """Of the time of the thread that runs the network; more handshakes than fit into it wait for their turn."""
+    handshake_burst_s: float = 0.25
+    """Of that time, saved up while nobody comes: some hundred handshakes in a row."""
     idle_connection_timeout_s: float = 300.0
     """A connection without a stream for so long is closed by the node that dialled it: dialling again takes 10 ms."""
 
@@ -45,6 +53,8 @@ class NetworkConfig:
             "open_stream_timeout_s",
             "ping_interval_s",
             "ping_timeout_s",
+            "first_bytes_timeout_s",
+            "handshake_burst_s",
             "idle_connection_timeout_s",
         ):
             if getattr(self, name) <= 0:
@@ -54,9 +64,12 @@ class NetworkConfig:
             "max_unaccepted_streams",
             "max_connections",
             "max_connections_per_peer",
+            "max_entrants",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}")
+        if not 0 < self.handshake_share <= 1:
+            raise ConfigError(f"handshake_share is a part of the time, above 0 and up to 1, got {self.handshake_share}")
 
 
 DEFAULT_CONFIG = NetworkConfig()

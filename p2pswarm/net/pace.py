@@ -1,4 +1,4 @@
-"""`Pace`: how fast something may go on, with some saved up for when it comes in a burst. Pure; times are the caller's."""
+"""`Pace`: how fast something may go on, with some saved up for a burst. Pure; times are the caller's."""
 
 
 class Pace:

@@ -16,6 +16,9 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 """As shells report a program whose reader has gone."""
 
+MODEL_COMMANDS = frozenset({"generate", "finetune", "demo", "bench"})
+"""Those that hold the client's part of a model."""
+
 WHAT_NEXT: tuple[tuple[type[SwarmingError], str], ...] = (
     (NoPeersError, "give the address of a live node with --peers, or start a swarm: swarmd start MODEL"),
     (
@@ -36,6 +39,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     parsed = parse_arguments(arguments)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or it warns when a process is started after tokenizing
     try:
+        if parsed.command in MODEL_COMMANDS:
+            importlib.import_module("p2pswarm.blocks.light_imports").import_transformers_lightly()
         status: int = importlib.import_module(f"swarm_cli.{parsed.command}").run(parsed)
         sys.stdout.flush()
         return status

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
-from p2pswarm.net.addresses import parse_tcp_address
+from p2pswarm.net.addresses import parse_address
 
 MAX_ADDRESSES_PER_PEER = 8
 """A machine with IPv4 and IPv6 on a few interfaces has 4 to 6."""
@@ -58,7 +58,7 @@ class AddressBook:
 
 def _transport_of(peer_id: PeerId, address: str) -> str | None:
     try:
-        parsed = parse_tcp_address(address.removesuffix(f"/p2p/{peer_id}"))
+        parsed = parse_address(address.removesuffix(f"/p2p/{peer_id}"))
     except ConfigError:
         return None
     return str(parsed) if parsed.is_dialable else None

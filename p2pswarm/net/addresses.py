@@ -1,7 +1,7 @@
 """Multiaddr strings: what a node can listen on and dial, `/ip4/1.2.3.4/tcp/4001/p2p/12D3KooW...`.
 
-The subset that a node of the swarm speaks (IP or DNS name, TCP, a peer id at the end), checked here so that no
-multiaddr object goes beyond this room. Addresses come from strangers: nothing here trusts them.
+The subset that a node of the swarm speaks (IP or DNS name, TCP, maybe a relay, a peer id at the end), checked here so
+that no multiaddr object goes beyond this room. Addresses come from strangers: nothing here trusts them.
 """
 
 import ipaddress
@@ -16,6 +16,7 @@ MAX_ADDRESS_LETTERS = 400
 """The longest DNS name has 253 letters; the rest of an address fits in 150."""
 DNS_PROTOCOLS = ("dns", "dns4", "dns6")
 MAX_PORT = 65535
+CIRCUIT_ENDING = "/p2p-circuit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,29 @@ class TcpAddress:
     @property
     def is_dialable(self) -> bool:
         return self.port > 0 and not self.is_wildcard
+
+
+@dataclass(frozen=True, slots=True)
+class CircuitAddress:
+    """`/<address of the relay>/p2p/<relay>/p2p-circuit`: through a relay that the peer holds a reservation on."""
+
+    relay_address: TcpAddress
+    relay_id: PeerId
+
+    def __str__(self) -> str:
+        return join_peer_address(str(self.relay_address), self.relay_id) + CIRCUIT_ENDING
+
+    @property
+    def is_dialable(self) -> bool:
+        return self.relay_address.is_dialable
+
+
+def parse_address(address: str) -> TcpAddress | CircuitAddress:
+    """Any address that can be dialled, without its peer id. Raises `ConfigError` that says what was wrong with it."""
+    if not address.endswith(CIRCUIT_ENDING):
+        return parse_tcp_address(address)
+    relay_address, relay_id = _split(address.removesuffix(CIRCUIT_ENDING))
+    return CircuitAddress(parse_tcp_address(relay_address), relay_id)
 
 
 def parse_tcp_address(address: str) -> TcpAddress:
@@ -73,10 +97,15 @@ def _malformed(address: str, wanted: str) -> ConfigError:
 
 def split_peer_address(address: str) -> tuple[str, PeerId]:
     """The transport part and the peer id of `/ip4/.../tcp/.../p2p/PEER_ID`. Raises `ConfigError`."""
+    transport, peer_id = _split(address)
+    return str(parse_address(transport)), peer_id
+
+
+def _split(address: str) -> tuple[str, PeerId]:
     transport, separator, peer_id = address.rpartition("/p2p/")
     if not separator or not is_peer_id(peer_id):
         raise _malformed(address, "a peer address that ends in /p2p/PEER_ID (12D3KooW...)")
-    return str(parse_tcp_address(transport)), PeerId(peer_id)
+    return transport, PeerId(peer_id)
 
 
 def join_peer_address(transport: str, peer_id: PeerId) -> str:
@@ -88,7 +117,7 @@ def is_dialable(address: str) -> bool:
     """Whether a stranger's peer address can be tried at all: well-formed, a real port, not a wildcard."""
     try:
         transport, _ = split_peer_address(address)
-        return parse_tcp_address(transport).is_dialable
+        return parse_address(transport).is_dialable
     except ConfigError:
         return False
 

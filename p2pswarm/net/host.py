@@ -19,7 +19,7 @@ from p2pswarm.core.errors import ConnectionLost, NetworkError, PeerUnreachable, 
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.net.address_book import AddressBook
-from p2pswarm.net.addresses import TcpAddress, join_peer_address, parse_tcp_address, split_peer_address
+from p2pswarm.net.addresses import TcpAddress, join_peer_address, parse_address, parse_tcp_address, split_peer_address
 from p2pswarm.net.config import DEFAULT_CONFIG, NetworkConfig
 from p2pswarm.net.connection import Connection, ConnectionStream
 from p2pswarm.net.connection_table import ConnectionTable, close_all
@@ -54,6 +54,7 @@ async def open_network(
         host = Host(identity, config, nursery, announced)
         try:
             nursery.start_soon(host.connections.close_idle)
+            nursery.start_soon(host.listening.run)
             await host.listening.listen([parse_tcp_address(address) for address in listen])
             yield host
         finally:
@@ -101,7 +102,7 @@ class Host:
         self._published = None if addresses is None else tuple(map(self._own_transport, addresses))
 
     def _own_transport(self, address: str) -> str:
-        return str(parse_tcp_address(address.removesuffix(f"/p2p/{self.peer_id}")))
+        return str(parse_address(address.removesuffix(f"/p2p/{self.peer_id}")))
 
     def own_listen_addresses(self) -> tuple[TcpAddress, ...]:
         return self.listening.addresses()

@@ -10,7 +10,7 @@ import trio
 from p2pswarm.core.errors import ConnectionLost, PeerUnreachable, ProtocolViolation
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.net.address_book import AddressBook
-from p2pswarm.net.addresses import TcpAddress, join_peer_address, parse_tcp_address, split_peer_address
+from p2pswarm.net.addresses import TcpAddress, join_peer_address, parse_address, parse_tcp_address, split_peer_address
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Stream, StreamHandler
@@ -87,7 +87,7 @@ class MemoryNode:
         self._published = None if addresses is None else tuple(map(self._own_transport, addresses))
 
     def _own_transport(self, address: str) -> str:
-        return str(parse_tcp_address(address.removesuffix(f"/p2p/{self.peer_id}")))
+        return str(parse_address(address.removesuffix(f"/p2p/{self.peer_id}")))
 
     def own_listen_addresses(self) -> tuple[TcpAddress, ...]:
         return () if self._transport is None else (parse_tcp_address(self._transport),)

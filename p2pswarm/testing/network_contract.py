@@ -547,13 +547,16 @@ async def addresses_end_with_the_peer_id_and_round_trips_are_measured(nodes: Nod
 
 @in_contract
 async def published_addresses_stand_for_the_own_ones_until_they_are_withdrawn(nodes: Nodes) -> None:
-    async with nodes.open_node() as alice:
+    async with nodes.open_node() as alice, nodes.open_node() as bob:
         own = alice.addresses
         alice.publish(["/ip4/192.0.2.1/tcp/4001", f"/ip4/192.0.2.2/tcp/4002/p2p/{alice.peer_id}"])
         assert alice.addresses == (
             f"/ip4/192.0.2.1/tcp/4001/p2p/{alice.peer_id}",
             f"/ip4/192.0.2.2/tcp/4002/p2p/{alice.peer_id}",
         )
+        circuit = f"{bob.addresses[0]}/p2p-circuit/p2p/{alice.peer_id}"
+        alice.publish([circuit])
+        assert alice.addresses == (circuit,)
         alice.publish([])
         assert not alice.addresses
         alice.publish(None)

@@ -8,10 +8,12 @@ from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.address_book import MAX_ADDRESSES_PER_PEER, MAX_PEERS, AddressBook
 from p2pswarm.net.addresses import (
+    CircuitAddress,
     TcpAddress,
     expand_wildcards,
     is_dialable,
     join_peer_address,
+    parse_address,
     parse_tcp_address,
     split_peer_address,
 )
@@ -51,13 +53,25 @@ def test_peer_address_splits_and_joins(transport: str) -> None:
         f"/dns4/a b/tcp/1/p2p/{ALICE}",
         f"/dns4/{'a' * 1000}/tcp/1/p2p/{ALICE}",
         f"127.0.0.1:4001/p2p/{ALICE}",
-        f"/ip4/1.1.1.1/tcp/1/p2p/{BOB}/p2p-circuit/p2p/{ALICE}",
+        f"/ip4/1.1.1.1/tcp/1/p2p/{BOB}/p2p-circuit",
+        f"/ip4/1.1.1.1/tcp/1/p2p-circuit/p2p/{ALICE}",
+        f"/p2p/{BOB}/p2p-circuit/p2p/{ALICE}",
+        f"/ip4/1.1.1.1/tcp/1/p2p/{BOB}/p2p-circuit/p2p/{BOB}/p2p-circuit/p2p/{ALICE}",
     ],
 )
 def test_malformed_peer_address_is_a_config_error_that_shows_it(address: str) -> None:
     with pytest.raises(ConfigError, match="not a multiaddr"):
         split_peer_address(address)
     assert not is_dialable(address)
+
+
+def test_circuit_address_names_the_relay_and_where_it_is() -> None:
+    transport = f"/ip4/1.1.1.1/tcp/7/p2p/{BOB}/p2p-circuit"
+    assert split_peer_address(f"{transport}/p2p/{ALICE}") == (transport, ALICE)
+    assert parse_address(transport) == CircuitAddress(TcpAddress("ip4", "1.1.1.1", 7), BOB)
+    assert str(parse_address(transport)) == transport
+    assert is_dialable(f"{transport}/p2p/{ALICE}")
+    assert not is_dialable(f"/ip4/0.0.0.0/tcp/7/p2p/{BOB}/p2p-circuit/p2p/{ALICE}")
 
 
 @given(st.text(max_size=600))

@@ -8,8 +8,8 @@ as many as he likes. So:
   probably given up.
 - **Not for ever.** Only so many are at the door at once, those that say nothing or stop in the middle among them. One
   more, and the address with the most of them loses its oldest.
-- **Not again.** An address whose handshakes keep failing finds the door shut for a while, unless somebody behind it
-  has come in properly: many share an address, and pacing does for the rest.
+- **Not again.** An address whose handshakes keep failing finds the door shut for a while. (Not where somebody from
+  there is connected, says `listening.py`: many share an address, and to wait for one's turn does for them.)
 
 The deadlines of each one are the shell's, `listening.py`.
 """
@@ -18,6 +18,7 @@ import ipaddress
 from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.offences import Offences
@@ -35,18 +36,26 @@ FAILURE_PERIOD_S = 60.0
 FIRST_BAR_S = 10.0
 LONGEST_BAR_S = 600.0
 
-Source = str
-"""Where somebody comes from: an address, the /64 of one, or the relay between."""
+
+class Source(NamedTuple):
+    """Where somebody comes from: an address, the /64 of one, or the relay between."""
+
+    name: str
+    is_relay: bool = False
+    """Then it is not to blame."""
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def source_of(path: ConnectionPath) -> Source:
     if path.relay is not None:
-        return path.relay
+        return Source(path.relay, is_relay=True)
     if path.remote is None:
-        return "unknown"
+        return Source("unknown")
     if path.remote.kind == "ip6":
-        return str(ipaddress.ip_network((path.remote.host, IP6_HOST_BITS), strict=False))
-    return path.remote.host
+        return Source(str(ipaddress.ip_network((path.remote.host, IP6_HOST_BITS), strict=False)))
+    return Source(path.remote.host)
 
 
 @dataclass(eq=False, slots=True)
@@ -122,7 +131,7 @@ class Admission:
 
     def failed(self, source: Source, now_s: float) -> bool:
         """A handshake came to nothing, or was one too many; whether the door is shut to the source from now on."""
-        return self._failures.commit(source, now_s)
+        return not source.is_relay and self._failures.commit(source, now_s)
 
     def is_barred(self, source: Source, now_s: float) -> bool:
         return self._failures.is_barred(source, now_s)

@@ -6,21 +6,22 @@ How many may come in and whom the table makes room for is decided here; the hand
 import errno
 import logging
 import socket
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 
 import psutil
 import trio
 
 from p2pswarm.core.errors import ConfigError, NetworkError
 from p2pswarm.net.addresses import TcpAddress, expand_wildcards
+from p2pswarm.net.admission import Source, source_of
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.connection import Connection
 from p2pswarm.net.connection_table import ConnectionTable
+from p2pswarm.net.door import Door
 from p2pswarm.net.pipe import Pipe, TcpPipe
 from p2pswarm.net.upgrade import Upgrader
 
-MAX_INBOUND_HANDSHAKES = 128
-"""At once; the dial timeout ends each. A stranger who connects and says nothing costs one of these for that long."""
 LISTEN_BACKLOG = 512
 INTERFACES_LIFETIME_S = 30.0
 """A laptop that changes its network is noticed this late; asking the system costs a millisecond."""
@@ -43,7 +44,7 @@ class Listening:
         self._interfaces: list[str] = []
         self._interfaces_expire_s = 0.0
         self._scope = trio.CancelScope()
-        self._handshakes = trio.CapacityLimiter(MAX_INBOUND_HANDSHAKES)
+        self._door = Door(config)
         self._is_stopped = False
 
     def addresses(self) -> tuple[TcpAddress, ...]:
@@ -68,6 +69,10 @@ class Listening:
         if listeners:
             self._nursery.start_soon(self._accept_sockets, listeners)
 
+    async def run(self) -> None:
+        """Lets strangers in, in turn, until cancelled."""
+        await self._door.run()
+
     def stop(self) -> None:
         self._is_stopped = True
         self._scope.cancel()
@@ -78,23 +83,29 @@ class Listening:
 
     async def _accept_socket(self, stream: trio.SocketStream) -> None:
         pipe = TcpPipe(stream)
-        await self.accept(pipe)
+        await self.accept(pipe, partial(trio.lowlevel.wait_readable, stream.socket))
         await pipe.wait_closed()  # trio closes the socket when this returns
 
-    async def accept(self, pipe: Pipe) -> None:
-        """Makes a connection of what a peer opened and hands it to the table, or closes the pipe."""
-        if not self._can_take_one_more():
+    async def accept(
+        self, pipe: Pipe, said_something: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+    ) -> None:
+        """Makes a connection of what a peer opened and hands it to the table, or closes the pipe.
+
+        `said_something` returns once the first bytes have come.
+        """
+        source = source_of(pipe.path)
+        if not self._can_take_one_more() or self._is_shut_out(source):
             await pipe.aclose()
             return
         try:
-            async with self._handshakes:
-                with trio.fail_after(self._config.dial_timeout_s):
-                    connection = await self._upgrader.upgrade(pipe, None)
-        except (NetworkError, trio.TooSlowError) as error:
+            connection = await self._door.admit(source, said_something, partial(self._upgrader.upgrade, pipe, None))
+        except NetworkError as error:
             logger.debug("an incoming connection came to nothing: %s", error)
+            await pipe.aclose()
             return
         if len(self._table.of(connection.peer_id)) >= self._config.max_connections_per_peer:
-            logger.warning("%s has too many connections already, one more is refused", connection.peer_id)
+            logger.debug("%s has too many connections already, one more is refused", connection.peer_id)
+            self._door.note_failure(source)
         elif self._can_take_one_more():
             self._table.make_room()
             self._table.adopt(connection, is_dialled=False)
@@ -103,6 +114,12 @@ class Listening:
 
     def _can_take_one_more(self) -> bool:
         return not self._is_stopped and self._table.can_take_one_more()
+
+    def _is_shut_out(self, source: Source) -> bool:
+        """Not where somebody from there is connected: who shares an address with strangers pays for them by waiting."""
+        return self._door.is_shut_to(source) and not any(
+            source_of(connection.path) == source for connection in self._table
+        )
 
 
 async def _discard(connection: Connection) -> None:

@@ -9,18 +9,20 @@ Result = TypeVar("Result")
 
 
 class Metered(Generic[Result]):
-    """`await metered` gives what `awaited` gives; `seconds` is what its own steps have taken so far.
+    """`await metered` gives what `await function()` gives; `seconds` is what its own steps have taken so far.
 
     The steps of tasks that it starts do not count. Cancellation and exceptions pass through.
     """
 
-    def __init__(self, awaited: Awaitable[Result], clock: Callable[[], float] = time.thread_time) -> None:
+    def __init__(
+        self, function: Callable[[], Awaitable[Result]], clock: Callable[[], float] = time.thread_time
+    ) -> None:
         self.seconds = 0.0
-        self._awaited = awaited
+        self._function = function
         self._clock = clock
 
     def __await__(self) -> Generator[Any, Any, Result]:
-        steps = self._awaited.__await__()
+        steps = self._function().__await__()
         resume = partial(next, steps)
         while True:
             began_at_s = self._clock()
@@ -34,6 +36,6 @@ class Metered(Generic[Result]):
             try:
                 sent = yield trap
             except BaseException as error:  # noqa: BLE001 - thrown into the steps, which decide what becomes of it
-                resume = partial(steps.throw, error)  # type: ignore[attr-defined]
+                resume = partial(steps.throw, error)
             else:
-                resume = partial(steps.send, sent)  # type: ignore[attr-defined]
+                resume = partial(steps.send, sent)

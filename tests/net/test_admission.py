@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.addresses import TcpAddress
-from p2pswarm.net.admission import TOLERATED_FAILURES, Admission, Entrant, source_of
+from p2pswarm.net.admission import TOLERATED_FAILURES, Admission, Entrant, Source, source_of
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.path import ConnectionPath
 
@@ -26,7 +26,7 @@ class Door:
 
     def arrive(self, name: str) -> Entrant:
         """Sources are first letters."""
-        return self.admission.arrive(name[0], partial(self.dropped.append, name))
+        return self.admission.arrive(Source(name[0]), partial(self.dropped.append, name))
 
     def knock(self, name: str) -> Entrant:
         entrant = self.arrive(name)
@@ -100,10 +100,17 @@ def test_who_was_dropped_is_not_let_in() -> None:
 
 def test_the_door_is_shut_to_an_address_whose_handshakes_keep_failing() -> None:
     admission = Admission(CONFIG, 0.0)
-    outcomes = [admission.failed("a", 0.0) for _ in range(TOLERATED_FAILURES + 1)]
+    outcomes = [admission.failed(Source("a"), 0.0) for _ in range(TOLERATED_FAILURES + 1)]
     assert outcomes == [False] * TOLERATED_FAILURES + [True]
-    assert admission.is_barred("a", 1.0)
-    assert not admission.is_barred("b", 1.0)
+    assert admission.is_barred(Source("a"), 1.0)
+    assert not admission.is_barred(Source("b"), 1.0)
+
+
+def test_a_relay_is_not_to_blame_for_who_comes_through_it() -> None:
+    admission = Admission(CONFIG, 0.0)
+    relay = Source("relay", is_relay=True)
+    assert not any(admission.failed(relay, 0.0) for _ in range(10 * TOLERATED_FAILURES))
+    assert not admission.is_barred(relay, 0.0)
 
 
 @given(
@@ -128,11 +135,11 @@ def test_the_time_spent_stays_within_the_share(knocks: list[tuple[str, float, fl
 @pytest.mark.parametrize(
     ("path", "source"),
     [
-        (ConnectionPath(remote=TcpAddress("ip4", "203.0.113.7", 1)), "203.0.113.7"),
-        (ConnectionPath(remote=TcpAddress("ip6", "2001:db8:1:2:3:4:5:6", 1)), "2001:db8:1:2::/64"),
-        (ConnectionPath(relay=PeerId("relay")), "relay"),
-        (ConnectionPath(), "unknown"),
+        (ConnectionPath(remote=TcpAddress("ip4", "203.0.113.7", 1)), Source("203.0.113.7")),
+        (ConnectionPath(remote=TcpAddress("ip6", "2001:db8:1:2:3:4:5:6", 1)), Source("2001:db8:1:2::/64")),
+        (ConnectionPath(relay=PeerId("relay")), Source("relay", is_relay=True)),
+        (ConnectionPath(), Source("unknown")),
     ],
 )
-def test_a_household_is_one_source(path: ConnectionPath, source: str) -> None:
+def test_a_household_is_one_source(path: ConnectionPath, source: Source) -> None:
     assert source_of(path) == source

@@ -33,7 +33,7 @@ async def test_only_own_steps_count(autojump_clock: MockClock) -> None:
         await trio.sleep(2)
         cpu.work(100)
 
-    metered = Metered(mine(), cpu)
+    metered = Metered(mine, cpu)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(others)
         assert await metered == "done"
@@ -48,7 +48,7 @@ async def test_exceptions_pass_through(autojump_clock: MockClock) -> None:
         cpu.work(1)
         raise ValueError("as it happens")
 
-    metered = Metered(fail(), cpu)
+    metered = Metered(fail, cpu)
     with pytest.raises(ValueError, match="as it happens"):
         await metered
     assert metered.seconds == 1
@@ -63,7 +63,7 @@ async def test_cancellation_passes_through_and_cleaning_up_counts(autojump_clock
         finally:
             cpu.work(1)
 
-    metered = Metered(stay(), cpu)
+    metered = Metered(stay, cpu)
     with trio.move_on_after(3) as scope:
         await metered
     assert scope.cancelled_caught
@@ -76,4 +76,4 @@ async def test_deadlines_and_errors_within_are_handled_within(autojump_clock: Mo
             await trio.sleep_forever()
         return scope.cancelled_caught
 
-    assert await Metered(patient(), Cpu())
+    assert await Metered(patient, Cpu())

@@ -7,6 +7,7 @@ SwarmingError
 │   ├── CheckpointError       weights missing, damaged, or in a format that is refused
 │   ├── CodecError            values that the chosen codec cannot carry (choose a wider one)
 │   ├── SessionClosed         a session or swarm that has ended or is broken: open a new one
+│   ├── NotAMember            the private swarm's owner has not listed this node, or has removed it
 │   └── RequestRefused        a server says that our request was wrong (it stays healthy: never banned)
 ├── RemoteError               the peer did wrong: try another one
 │   ├── ProtocolViolation     it sent what the protocol forbids
@@ -60,6 +61,10 @@ class CodecError(LocalError, ValueError):
 
 class SessionClosed(LocalError):
     """A session or swarm that has ended or is broken is used further."""
+
+
+class NotAMember(LocalError):
+    """The owner of the private swarm has not listed this node among its members, or has removed it."""
 
 
 class RequestRefused(LocalError):

@@ -7,8 +7,6 @@ nothing secret.
 import contextlib
 import json
 import logging
-import os
-import secrets
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,6 +15,7 @@ from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
 from p2pswarm.dht.contact import MAX_CONTACT_ADDRESSES, Contact, usable_addresses
 from p2pswarm.net.addresses import split_peer_address
+from p2pswarm.net.whole_files import replace_file
 
 MAX_KNOWN_PEERS = 64
 MAX_FILE_BYTES = 1 << 20
@@ -61,7 +60,8 @@ class KnownPeers:
             return
         addresses = [address for contact in self._contacts.values() for address in contact.addresses]
         try:
-            _replace_file(self._path, json.dumps({"version": FILE_VERSION, "peers": addresses}, indent=1) + "\n")
+            text = json.dumps({"version": FILE_VERSION, "peers": addresses}, indent=1) + "\n"
+            replace_file(self._path, text.encode())
         except OSError as error:
             logger.warning("cannot save the known peers to %s: %s", self._path, error.strerror)
             return
@@ -90,13 +90,3 @@ def _load(path: Path) -> list[Contact]:
         logger.warning("the file of known peers %s is of no use: %s", path, error)
         return []
     return contacts_at(addresses[-MAX_KNOWN_PEERS * MAX_CONTACT_ADDRESSES :]) if is_list_of_text else []
-
-
-def _replace_file(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    try:
-        temporary.write_text(text)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

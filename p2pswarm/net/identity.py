@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from p2pswarm.core.errors import ConfigError, ProtocolViolation
 from p2pswarm.core.ids import PeerId
-from p2pswarm.net.secret_file import create_secret_file, read_secret_file
+from p2pswarm.net.whole_files import create_secret_file, read_secret_file
 
 KEY_BYTES = 32
 FILE_PREFIX = bytes.fromhex("08011240")

@@ -22,7 +22,7 @@ from pathlib import Path
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.identity import Identity, is_peer_id
-from p2pswarm.net.secret_file import create_secret_file, read_secret_file
+from p2pswarm.net.whole_files import create_secret_file, read_secret_file
 
 SECRET_BYTES = 32
 FILE_VERSION = 1

@@ -46,6 +46,8 @@ class Neighbours:
         self.links = Links(network, config)
         self.table = PeerTable(node_id_of(network.peer_id), config.k)
         self.bad_peers = BadPeers(config.bad_peer_s, config.max_bad_peer_s)
+        self.serves = config.serve and bool(network.addresses)
+        """Whether others are told where we are, so that they ask us too."""
         self.num_asked = 0
         self.num_unanswered = 0
         self._heard_of: OrderedDict[PeerId, Contact] = OrderedDict()
@@ -62,10 +64,16 @@ class Neighbours:
     @property
     def own_addresses(self) -> tuple[str, ...]:
         """What we tell others of where we are; nothing when we do not serve."""
-        if self._config.serve and trio.current_time() >= self._own_addresses_until_s:
+        if not self.serves:
+            return ()
+        if trio.current_time() >= self._own_addresses_until_s:
             self._own_addresses = usable_addresses(self._network.peer_id, self._network.addresses)
             self._own_addresses_until_s = trio.current_time() + OWN_ADDRESSES_S
         return self._own_addresses
+
+    def forget_own_addresses(self) -> None:
+        """They have changed."""
+        self._own_addresses_until_s = 0.0
 
     async def ask(
         self, contact: Contact, request: Request, wanted: type[ReplyT], timeout_s: float | None = None

@@ -13,7 +13,7 @@ find their way back after an outage (`dht/upkeep.py`). `docs/protocol-dht.md` ha
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -36,7 +36,7 @@ from p2pswarm.dht.record import RecordChecker, Refusal, SignedRecord
 from p2pswarm.dht.store import RecordStore
 from p2pswarm.dht.upkeep import Upkeep
 from p2pswarm.dht.walk import Walks
-from p2pswarm.net.network import Network
+from p2pswarm.net.network import Network, Stream
 
 MAX_PAGES_PER_HOLDER = 64
 """2048 records of the usual size fill 16 pages, of the largest 140; other holders send the rest."""
@@ -76,7 +76,6 @@ class DhtNode:
         config: DhtConfig = DEFAULT_CONFIG,
         known_peers_path: Path | None = None,
     ) -> None:
-        config = replace(config, serve=config.serve and bool(network.addresses))
         self._network = network
         self._clock = clock
         self._config = config
@@ -95,7 +94,26 @@ class DhtNode:
     @property
     def serves(self) -> bool:
         """Whether others may find us and store with us: only where they can dial us."""
-        return self._config.serve
+        return self._neighbours.serves
+
+    async def set_serving(self, serves: bool) -> None:
+        """Has others find us from now on, or no more, and tells them our addresses of now; it may take some seconds.
+
+        Who stops serving stays a client: it asks and stores with others, and is gone from their tables when they next
+        turn to it.
+        """
+        serves = serves and self._config.serve and bool(self._network.addresses)
+        is_new = serves and not self.serves
+        self._neighbours.serves = serves
+        self._neighbours.forget_own_addresses()
+        if not serves:
+            self._incoming.end_all()
+        elif is_new and not self._neighbours.is_alone:
+            await self._upkeep.make_ourselves_known()
+
+    def contacts(self) -> list[Contact]:
+        """Serving nodes that answered, or asked us something, when last heard of."""
+        return list(self._neighbours.table.contacts())
 
     @property
     def num_contacts(self) -> int:
@@ -110,8 +128,8 @@ class DhtNode:
         """Serves others and keeps house, until cancelled."""
         async with trio.open_nursery() as nursery:
             await nursery.start(self._background.run)
-            if self.serves:
-                self._network.serve(DHT_PROTOCOL, self._incoming.handle)
+            if self._config.serve:
+                self._network.serve(DHT_PROTOCOL, self._serve_stream)
             nursery.start_soon(self._upkeep.run)
             task_status.started()
             try:
@@ -190,6 +208,10 @@ class DhtNode:
             num_unanswered=neighbours.num_unanswered,
             num_served=self._incoming.num_served,
         )
+
+    async def _serve_stream(self, stream: Stream) -> None:
+        if self.serves:
+            await self._incoming.handle(stream)
 
     async def _read_from(self, holder: Contact, reading: Reading) -> Sequence[Contact] | None:
         """Takes all pages that the holder has; the contacts it named, None where it did not answer."""

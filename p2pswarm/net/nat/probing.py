@@ -5,17 +5,17 @@ Protocol `/p2pswarm/probe/1`, one question a stream, each side a JSON object in 
     asker    {"ports": [4001]}                                             at most 4
     prober   {"seen_at": "/ip4/203.0.113.7/tcp/51234", "reached": [4001]}
 
-The prober dials those ports at the host that it sees the asker at, and nowhere else, so that nobody can be made to knock
-at a third party's door. Each dial is a new TCP connection from a port of its own, and a handshake that proves the asker's
-peer id: the connection that the question came over says nothing, for a firewall lets answers through. What follows from
-the reports is for `net/nat/reachability.py`.
+The prober dials those ports at the host that it sees the asker at, and nowhere else, so that nobody can be made to
+knock at a third party's door. Each dial is a new TCP connection from a port of its own, and a handshake that proves the
+asker's peer id: the connection that the question came over says nothing, for a firewall lets answers through. What
+follows from the reports is for `net/nat/reachability.py`.
 """
 
+import contextlib
 import json
 import logging
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from typing import Protocol
 
 import trio
 
@@ -45,18 +45,10 @@ MAX_REMEMBERED_ASKERS = 1024
 logger = logging.getLogger(__name__)
 
 
-class ProbingNetwork(Network, Protocol):
-    """A network that can open a connection beside those that are open."""
-
-    async def dial_fresh(self, address: TcpAddress, peer_id: PeerId) -> None:
-        """Opens a new connection as far as the proof of the peer's id, and closes it. Raises `NetworkError`."""
-        ...
-
-
 class Probing:
     """Serves those who ask."""
 
-    def __init__(self, network: ProbingNetwork) -> None:
+    def __init__(self, network: Network) -> None:
         self._network = network
         self._num_at_once = 0
         self._asked_at_s: OrderedDict[PeerId, list[float]] = OrderedDict()
@@ -65,8 +57,11 @@ class Probing:
         self._network.serve(PROBE_PROTOCOL, self._answer)
 
     async def _answer(self, stream: Stream) -> None:
-        with trio.fail_after(ANSWER_TIMEOUT_S):
+        with trio.move_on_after(ANSWER_TIMEOUT_S) as silence:
             ports = _read_ports(await _receive(stream), stream.peer_id)
+        if silence.cancelled_caught:
+            stream.reset()
+            return
         path = self._network.path(stream.peer_id)
         seen_at = path.remote if path is not None else None
         if seen_at is None or self._num_at_once >= MAX_PROBES_AT_ONCE or not self._may_ask(stream.peer_id):
@@ -149,18 +144,23 @@ async def _receive(stream: Stream) -> bytes:
 def _read_ports(message: bytes, asker: PeerId) -> list[int]:
     match _parsed(message):
         case {"ports": [*ports]} if 0 < len(ports) <= MAX_PORTS and all(map(_is_port, ports)):
-            return list(Counter(ports))
+            return list(dict.fromkeys(ports))
     raise ProtocolViolation(f"{asker} asked for a probe of {message[:80]!r}, wanted 1 to {MAX_PORTS} ports", asker)
 
 
 def _read_report(message: bytes, prober: PeerId, asked: Sequence[int]) -> ProbeReport:
     match _parsed(message):
         case {"seen_at": str(seen_at), "reached": [*reached]} if all(port in asked for port in reached):
-            try:
-                return ProbeReport(prober, parse_tcp_address(seen_at), frozenset(reached))
-            except ConfigError as error:
-                raise ProtocolViolation(f"{prober} says it sees us at {seen_at[:80]!r}", prober) from error
+            return ProbeReport(prober, _read_host(seen_at, prober), frozenset(reached))
     raise ProtocolViolation(f"{prober} answered {message[:80]!r} to a question for ports {asked}", prober)
+
+
+def _read_host(seen_at: str, prober: PeerId) -> TcpAddress:
+    with contextlib.suppress(ConfigError):
+        address = parse_tcp_address(seen_at)
+        if address.is_dialable and address.kind in ("ip4", "ip6"):
+            return address
+    raise ProtocolViolation(f"{prober} says it sees us at {seen_at[:80]!r}, wanted an IP address and port", prober)
 
 
 def _parsed(message: bytes) -> object:

@@ -72,6 +72,9 @@ class ClientConfig:
     blocked_servers: frozenset[PeerId] = frozenset()
     quantization: frozenset[Quantization] | None = None
     """Only servers that announce one of these; None: any. With NONE alone, the answers are the local model's."""
+    local_blocks: int = 0
+    """Of the model's first blocks, and as many of its last ones, that are run here, so that servers see neither the
+    embeddings of the text nor what is next to its answer. They take memory and time here."""
     active_adapter: str | None = None
     """Adapter of sessions and forward passes that are not given one: a LoRA adapter that servers have, or a folder here
     that goes along with them. None: none."""
@@ -102,5 +105,7 @@ class ClientConfig:
         for name in ("max_training_tokens", "max_training_calls"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is 1 or more, got {getattr(self, name)}")
+        if self.local_blocks < 0:
+            raise ConfigError(f"local_blocks is a number of blocks, 0 or more, got {self.local_blocks}")
         if self.max_retries is not None and self.max_retries < 0:
             raise ConfigError(f"max_retries is 0 or more, or None, got {self.max_retries}")

@@ -18,6 +18,7 @@ from p2pswarm.client.dispatch import BlocksDispatch, active_session
 from p2pswarm.client.forward import ForwardPass
 from p2pswarm.client.generation import GeneratingSession
 from p2pswarm.client.local_adapter import LocalAdapter, is_local_adapter, read_local_adapter
+from p2pswarm.client.local_blocks import LocalBlocks, check_adapter
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.single_error import single_error
 from p2pswarm.client.step_input import StepInput
@@ -44,8 +45,10 @@ class DistributedModel:
         config: ClientConfig,
         adapter: LocalAdapter | None = None,
         head: Head = Head.CAUSAL_LM,
+        local: LocalBlocks | None = None,
     ) -> None:
-        """`adapter`: what sessions and passes carry along that are not given anything else."""
+        """`adapter`: what sessions and passes carry along that are not given anything else. `local`: the blocks that
+        are run here and not at servers."""
         self.checkpoint = checkpoint
         self.shell = shell
         """transformers' own model class: embeddings, final norm and head here, blocks in the swarm."""
@@ -60,6 +63,7 @@ class DistributedModel:
         self._rpc = rpc
         self._config = config
         self.head = head
+        self._local = local
 
     @property
     def model_id(self) -> ModelId:
@@ -87,6 +91,7 @@ class DistributedModel:
             carried = await self._read_along(adapter, tuning)
         else:
             adapter_id = await self.servers.find_adapter(adapter)
+            check_adapter(self._local, adapter_id)
             carried = self.carried() if tuning is None and adapter is None else Carried(tuning=tuning)
         with single_error():
             async with trio.open_nursery() as nursery:
@@ -100,6 +105,7 @@ class DistributedModel:
                     tuning=carried.tuning,
                     prefix=carried.prefix,
                     nursery=nursery,
+                    local=self._local,
                 )
                 try:
                     yield session

@@ -6,6 +6,7 @@ It is `client/training.py` without the way back.
 import torch
 
 from p2pswarm.client.config import ClientConfig
+from p2pswarm.client.local_blocks import LocalBlocks
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.step_input import StepInput
 from p2pswarm.client.training import TrainingPass
@@ -17,8 +18,10 @@ from p2pswarm.rpc.client import RpcClient
 class ForwardPass:
     """Runs whole batches through blocks, over servers drawn by their capacity, so that calls spread."""
 
-    def __init__(self, servers: ModelServers, rpc: RpcClient, config: ClientConfig) -> None:
-        self.training = TrainingPass(servers, rpc, config)
+    def __init__(
+        self, servers: ModelServers, rpc: RpcClient, config: ClientConfig, local: LocalBlocks | None = None
+    ) -> None:
+        self.training = TrainingPass(servers, rpc, config, local)
 
     async def run(
         self, batch: StepInput, adapter: str | None = None, tuning: Tuning | None = None, blocks: Span | None = None

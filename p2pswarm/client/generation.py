@@ -18,6 +18,7 @@ from p2pswarm.blocks.client_model import SwarmCache
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.dispatch import ActiveSession, activated
 from p2pswarm.client.history import TokenHistory
+from p2pswarm.client.local_blocks import LocalBlocks
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.session import Session
 from p2pswarm.client.token_stream import Generation, GenerationStopped, TokenFeed, TokenStream
@@ -111,6 +112,7 @@ class GeneratingSession(Session):
         tuning: Tuning | None = None,
         prefix: torch.Tensor | None = None,
         nursery: trio.Nursery,
+        local: LocalBlocks | None = None,
     ) -> None:
         super().__init__(
             servers,
@@ -121,6 +123,7 @@ class GeneratingSession(Session):
             tuning=tuning,
             prefix=prefix,
             nursery=nursery,
+            local=local,
         )
         self._shell = shell
         self._latest: Generation | None = None

@@ -4,9 +4,9 @@ A server's half are the keys and values that it computed from it. When a server 
 inputs again, all of them from position 0 on, and so comes to the same keys and values (2312.08361, Algorithm 1).
 Plain tensors; knows nothing of servers.
 
-Inputs are kept by boundary: the block that they go into. The boundary at block 0 holds the embeddings and is always
-kept. When all boundaries together would take more than `max_bytes`, the last ones are let go: what they held can be
-had again by replaying the blocks before them.
+Inputs are kept by boundary: the block that they go into. The first boundary holds what the session was given and is
+always kept. When all boundaries together would take more than `max_bytes`, the last ones are let go: what they held can
+be had again by replaying the blocks before them.
 """
 
 from collections.abc import Collection
@@ -116,6 +116,12 @@ class InputHistory:
         assert states is not None, f"boundary {boundary} is not remembered"
         return StepInput(states, 0, mask, position_ids)
 
+    def mask(self, length: int) -> torch.Tensor | None:
+        """bool [batch, length]: which of the first tokens count, those of the step that was begun included; None: all
+        of them."""
+        column = self._columns.get("mask")
+        return None if column is None else column.values[:, :length]
+
     def _first_tokens(self, length: int) -> dict[Key, Column]:
         return {key: column.at_most(length) for key, column in self._columns.items()} if length else {}
 
@@ -165,7 +171,7 @@ class InputHistory:
     def _stay_within_bounds(self) -> None:
         """Lets go of the last boundaries, which the ones before them can bring back."""
         while self.size_bytes > self._max_bytes:
-            last = max(key for key in self._columns if isinstance(key, int))
-            if last == 0:
+            kept = [key for key in self._columns if isinstance(key, int)]
+            if len(kept) == 1:
                 return
-            del self._columns[last]
+            del self._columns[max(kept)]

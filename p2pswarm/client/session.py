@@ -5,6 +5,8 @@ step, when the batch size is known. Servers that fail are replaced within the st
 `step` sees a pause, and the same answer. When it cannot be had within the time that `ClientConfig` gives, the step
 raises and the session stays what it was before it: the same step may be tried again later.
 
+Blocks that the client keeps are run before the first server and after the last one (`local_session.py`).
+
 Read `chain.py` for how a step passes, `mending.py` for how servers are replaced, `recovery.py` for how long is tried.
 """
 
@@ -12,6 +14,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 import trio
@@ -21,6 +24,8 @@ from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.history import TokenHistory
 from p2pswarm.client.input_history import Before, InputHistory
 from p2pswarm.client.link import HopFailed, LinkTerms
+from p2pswarm.client.local_blocks import LocalBlocks
+from p2pswarm.client.local_session import LocalSession
 from p2pswarm.client.mending import STEP_ID_STRIDE, Mender
 from p2pswarm.client.model_servers import DTYPES, ModelServers
 from p2pswarm.client.recovery import Recovery
@@ -47,10 +52,12 @@ class Session:
         tuning: Tuning | None = None,
         prefix: torch.Tensor | None = None,
         nursery: trio.Nursery,
+        local: LocalBlocks | None = None,
     ) -> None:
         """`adapter`: the id of one that servers announce. Of the tuning, the session keeps a copy: stand-ins are to
         compute what the servers did that they replace. `prefix` [virtual tokens, embedding size]: what the model puts
-        in front of the text; its tokens are in no position or length here but those of steps."""
+        in front of the text; its tokens are in no position or length here but those of steps. `local`: the blocks that
+        are run here and not at servers."""
         if max_length < 1:
             raise ConfigError(f"a session's max_length is at least 1 token, got {max_length}")
         self.max_length = max_length
@@ -67,6 +74,7 @@ class Session:
         self._rpc = rpc
         self._config = config
         self._nursery = nursery
+        self._local = local
         self._running: _Running | None = None
         self._step_ids = itertools.count(STEP_ID_STRIDE, STEP_ID_STRIDE)
         self._num_virtual_tokens = 0 if prefix is None else prefix.shape[0]
@@ -118,7 +126,7 @@ class Session:
         self._check(step)
         with self._alone():
             running = self._running_for(step)
-            before = running.history.before(step)
+            before = running.before(step)
             try:
                 parts = [await self._run_part(running, part) for part in in_parts(step, self._config.max_step_bytes)]
             except BaseException:
@@ -188,15 +196,18 @@ class Session:
                 self.tuning,
             )
             mender = Mender(self._servers, self._rpc, self._config, terms, self._nursery)
-            self._running = running = _Running(self._servers, self._config, terms, mender)
+            self._running = running = _Running(self._servers, self._config, terms, mender, self._local)
         return running
 
     async def _run_part(self, running: "_Running", step: StepInput) -> torch.Tensor:
-        passage = Passage(next(self._step_ids), step, self._config.codec)
         self._position = step.position
-        running.history.begin(step)
+        entering = step if running.local is None else await running.local.enter(step)
+        passage = Passage(next(self._step_ids), entering, self._config.codec)
+        running.history.begin(entering)
         output = await self._through(running, passage)
         running.history.commit(step.end)
+        if running.local is not None:
+            output = await running.local.leave(step, output)
         self._position = step.end
         return output
 
@@ -253,13 +264,28 @@ class Session:
         await self._servers.forgive(error.missing, recovery)
 
 
-class _Running:
-    """What a session has while it runs: a chain of servers, and what they were sent."""
+@dataclass(frozen=True, slots=True)
+class _Before:
+    """What a session was when a step began."""
 
-    def __init__(self, servers: ModelServers, config: ClientConfig, terms: LinkTerms, mender: Mender) -> None:
+    history: Before
+    local: Before | None
+
+
+class _Running:
+    """What a session has while it runs: a chain of servers, what they were sent, and its share of the local blocks."""
+
+    def __init__(
+        self, servers: ModelServers, config: ClientConfig, terms: LinkTerms, mender: Mender, local: LocalBlocks | None
+    ) -> None:
         self.terms = terms
         self.mender = mender
-        self.chain = Chain(servers.facts.span, terms.codec, servers, config)
+        self.local: LocalSession | None = None
+        blocks = servers.facts.span
+        if local is not None:
+            self.local = LocalSession(local, terms.batch_size, terms.max_length, terms.tuning)
+            blocks = local.remote
+        self.chain = Chain(blocks, terms.codec, servers, config)
         dtype = None if config.history_dtype is None else DTYPES[config.history_dtype]
         self.history = InputHistory(terms.batch_size, terms.max_length, max_bytes=config.max_history_bytes, dtype=dtype)
         self.route: Route | None = None
@@ -267,12 +293,18 @@ class _Running:
     def close(self) -> None:
         self.chain.drop(self.chain.links)
 
-    def give_up(self, step: StepInput, before: Before) -> None:
+    def before(self, step: StepInput) -> _Before:
+        """For `give_up`."""
+        return _Before(self.history.before(step), None if self.local is None else self.local.before(step))
+
+    def give_up(self, step: StepInput, before: _Before) -> None:
         """Makes as if the step had never begun, but for going back to its position.
 
         Servers that still owe an answer are let go of: nobody knows what they hold. The others go back with the next
         step, unless rows changed places, which no later step can undo.
         """
-        self.history.give_up(before)
+        self.history.give_up(before.history)
         rows_moved = step.beam_indices is not None
+        if self.local is not None and before.local is not None:
+            self.local.give_up(before.local, rows_moved=rows_moved)
         self.chain.drop([link for link in self.chain.links if rows_moved or link.owes_an_answer])

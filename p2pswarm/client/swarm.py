@@ -27,6 +27,7 @@ from p2pswarm.client.dispatch import BlocksDispatch, calls_into_loop
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.forward import ForwardPass
 from p2pswarm.client.local_adapter import is_local_adapter, read_local_adapter
+from p2pswarm.client.local_blocks import LocalBlocks, load_local_blocks
 from p2pswarm.client.membership import Membership, join_swarm
 from p2pswarm.client.model_servers import ModelFacts, ModelServers, dtype_of
 from p2pswarm.core.errors import ModelNotFound
@@ -98,9 +99,12 @@ class Swarm:
             config = replace(config, active_adapter=None)  # servers know nothing of it
             num_labels = num_labels or adapter.num_labels
         servers = await self._servers_of(checkpoint, model_id, config)
-        forward_pass = ForwardPass(servers, self.rpc, config)
-        dispatch = BlocksDispatch(forward_pass, call or calls_into_loop())
         dtype_here = dtype if dtype is not None else _usual_dtype(servers)
+        local: LocalBlocks | None = None
+        if config.local_blocks:
+            local = await trio.to_thread.run_sync(load_local_blocks, checkpoint, config.local_blocks, dtype_here)
+        forward_pass = ForwardPass(servers, self.rpc, config, local)
+        dispatch = BlocksDispatch(forward_pass, call or calls_into_loop())
 
         def load_shell() -> PreTrainedModel:
             shell = load_client_model(
@@ -113,7 +117,9 @@ class Swarm:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(servers.measure_round_trips)
             shell = await trio.to_thread.run_sync(load_shell)
-        return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, self.rpc, config, adapter, head)
+        return DistributedModel(
+            checkpoint, shell, servers, forward_pass, dispatch, self.rpc, config, adapter, head, local
+        )
 
     async def _servers_of(self, checkpoint: Checkpoint, model_id: ModelId, config: ClientConfig) -> ModelServers:
         text_config = checkpoint.config.get_text_config(decoder=True)

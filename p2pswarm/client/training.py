@@ -16,11 +16,12 @@ import trio
 
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.hop_calls import CallTerms
+from p2pswarm.client.local_blocks import LocalBlocks, check_adapter
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.single_error import single_error
 from p2pswarm.client.step_input import StepInput, in_rows
 from p2pswarm.client.tuning import Tuning
-from p2pswarm.client.walk import Leg, Walker
+from p2pswarm.client.walk import AnyLeg, Walker
 from p2pswarm.core.errors import ConfigError, SwarmingError
 from p2pswarm.core.span import Span
 from p2pswarm.rpc.client import RpcClient
@@ -38,7 +39,7 @@ class Track:
     """How a sub-batch went."""
 
     terms: CallTerms
-    legs: tuple[Leg, ...]
+    legs: tuple[AnyLeg, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,10 +69,14 @@ class Trail:
 class TrainingPass:
     """Any number of batches at once, forward and backward."""
 
-    def __init__(self, servers: ModelServers, rpc: RpcClient, config: ClientConfig) -> None:
+    def __init__(
+        self, servers: ModelServers, rpc: RpcClient, config: ClientConfig, local: LocalBlocks | None = None
+    ) -> None:
+        """`local`: the blocks that are run here and not at servers."""
         self._servers = servers
         self._config = config
-        self._walker = Walker(servers, rpc, config)
+        self._local = local
+        self._walker = Walker(servers, rpc, config, local)
 
     async def forward(
         self,
@@ -88,11 +93,12 @@ class TrainingPass:
         `adapter`: the name or id of one that servers have, by default the config's. Raises `MissingBlocksError` where
         blocks stay without a server, `RemoteError` or `NetworkError` naming the last server that failed when there were
         too many failures, `RequestRefused` when two servers, or the only one, find the request wrong,
-        `AdapterNotFound`.
+        `AdapterNotFound`, `ConfigError` where blocks that are run here cannot do what was asked.
         """
         wanted = blocks or self._servers.facts.span
         self._check(batch, tuning, wanted)
         adapter_id = await self._servers.find_adapter(adapter)
+        check_adapter(self._local, adapter_id)
         parts = in_rows(batch, tokens_at_once(batch, self._config), self._config.max_step_bytes // 2)
         outputs: list[torch.Tensor | None] = [None] * len(parts)
         tracks: list[Track | None] = [None] * len(parts)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 
 from p2pswarm.blocks.adapters import LowRank
+from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.span import Span
 from p2pswarm.wire.codecs import decode_tensor, encode_tensor
@@ -92,6 +93,15 @@ class Tuning:
         )
         return WireTuning(prompts, layers) if prompts is not None or layers else None
 
+    def of_blocks(self, span: Span) -> SpanTuning | None:
+        """The part for these blocks, as blocks in this process take it; None where it changes none of them."""
+        prompts = None if self.prompts is None else self.prompts[span.start : span.end]
+        layers: dict[int, dict[str, LowRank]] = {}
+        for block, path in self.places:
+            if span.covers(block):
+                layers.setdefault(block, {})[path] = self.layers[block, path]
+        return SpanTuning(span, prompts, layers) if prompts is not None or layers else None
+
     def zeros(self) -> "Tuning":
         """Where the sum of its gradients begins."""
         return self.with_tensors([torch.zeros_like(tensor) for tensor in self.tensors])
@@ -104,6 +114,16 @@ class Tuning:
             pair = self.layers[layer.block, layer.path]
             pair.down.add_(decode_tensor(layer.down))
             pair.up.add_(decode_tensor(layer.up))
+
+
+def as_travels(tuning: SpanTuning) -> WireTuning:
+    """The gradients of a part, in the shapes of `Tuning.for_span`."""
+    layers = tuple(
+        TunedLayer(block, path, *(encode_tensor(side) for side in _sides(pair)))
+        for block, pairs in sorted(tuning.layers.items())
+        for path, pair in sorted(pairs.items())
+    )
+    return WireTuning(None if tuning.prompts is None else encode_tensor(tuning.prompts), layers)
 
 
 def _sides(pair: LowRank) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 The inputs of every leg stay here, so that a lost server costs its own leg only. Forward, what went into it goes on over
 another route. Backward, its blocks are laid anew from the same inputs: where stand-ins cut them in other places, the
-rows are run through all but the last of them once more, for the inputs in between.
+rows are run through all but the last of them once more, for the inputs in between. Blocks that the client keeps are
+legs too, which cannot be lost.
 
 What comes out does not depend on the servers, as long as they compute alike.
 """
@@ -15,6 +16,8 @@ import trio
 
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.hop_calls import CallTerms, HopCalls
+from p2pswarm.client.local_blocks import LocalBlocks, LocalPart
+from p2pswarm.client.local_calls import backward_here, forward_here
 from p2pswarm.client.model_servers import ModelServers
 from p2pswarm.client.recovery import HopFailure, Recovery
 from p2pswarm.core.errors import MissingBlocksError, NetworkError, RemoteError, RequestRefused
@@ -36,23 +39,47 @@ class Leg:
     """[rows, tokens, hidden]: what entered the blocks."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class LocalLeg:
+    """A part of the way: some blocks in this process."""
+
+    part: LocalPart
+    inputs: torch.Tensor
+    """As those of a `Leg`."""
+
+
+AnyLeg = Leg | LocalLeg
+
+
 class Walker:
     """Takes any number of rows at once, each over its own servers."""
 
-    def __init__(self, servers: ModelServers, rpc: RpcClient, config: ClientConfig) -> None:
+    def __init__(
+        self, servers: ModelServers, rpc: RpcClient, config: ClientConfig, local: LocalBlocks | None = None
+    ) -> None:
+        """`local`: the blocks that are run here and not at servers."""
         self._servers = servers
         self._calls = HopCalls(servers, rpc, config)
         self._config = config
+        self._local = local
 
-    async def forward(self, inputs: torch.Tensor, blocks: Span, terms: CallTerms) -> tuple[torch.Tensor, list[Leg]]:
+    async def forward(self, inputs: torch.Tensor, blocks: Span, terms: CallTerms) -> tuple[torch.Tensor, list[AnyLeg]]:
         """What comes out of the blocks [rows, tokens, hidden], and the legs of the way there.
 
         Raises `MissingBlocksError` where blocks stay without a server, the last failure when there were too many.
         """
-        return await self._lay(inputs, blocks, terms, Recovery(self._config), to_the_end=True)
+        states, legs = inputs, list[AnyLeg]()
+        for part in (blocks,) if self._local is None else self._local.parts(blocks):
+            if isinstance(part, Span):
+                states, more = await self._lay(states, part, terms, Recovery(self._config), to_the_end=True)
+                legs += more
+            else:
+                legs.append(LocalLeg(part, states))
+                states = await forward_here(part, states, terms)
+        return states, legs
 
     async def backward(
-        self, legs: Sequence[Leg], grad_outputs: torch.Tensor, terms: CallTerms
+        self, legs: Sequence[AnyLeg], grad_outputs: torch.Tensor, terms: CallTerms
     ) -> tuple[torch.Tensor, list[tuple[Span, WireTuning]]]:
         """The loss's gradient for what entered the first leg, and for the tuning of each span that has any. Raises as
         `forward` does."""
@@ -60,6 +87,10 @@ class Walker:
         ahead, recovery = list(legs), Recovery(self._config)
         while ahead:
             leg = ahead.pop()
+            if isinstance(leg, LocalLeg):
+                gradients, tuning = await backward_here(leg.part, leg.inputs, gradients, terms)
+                parts += [] if tuning is None else [(leg.part.span, tuning)]
+                continue
             span = leg.hop.span
             if leg.hop.peer_id not in self._servers.banned:
                 try:

@@ -9,6 +9,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from p2pswarm.blocks.architecture import Head
 from p2pswarm.blocks.client_model import load_client_model
 from p2pswarm.blocks.pages import PAGE_TOKENS
@@ -19,6 +21,7 @@ from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.dispatch import BlocksDispatch, calls_into_loop
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.forward import ForwardPass
+from p2pswarm.client.local_blocks import load_local_blocks
 from p2pswarm.client.model_servers import ModelFacts, ModelServers
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.nursery import open_transparent_nursery
@@ -141,8 +144,9 @@ def client_model(
     facts = ModelFacts(checkpoint.model_id, checkpoint.num_blocks, hidden_size)
     planner = DStarLitePlanner(config.costs, bans=BanList(config.ban_s), random=random.Random(5))
     servers = ModelServers(facts, view, planner, network, rpc, config)
-    forward_pass = ForwardPass(servers, rpc, config)
+    local = load_local_blocks(checkpoint, config.local_blocks, torch.float32) if config.local_blocks else None
+    forward_pass = ForwardPass(servers, rpc, config, local)
     dispatch = BlocksDispatch(forward_pass, call or calls_into_loop())
     num_labels = NUM_LABELS if head is Head.SEQUENCE_CLASSIFICATION else None
     shell = load_client_model(checkpoint, dispatch, head=head, num_labels=num_labels)
-    return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, rpc, config, head=head)
+    return DistributedModel(checkpoint, shell, servers, forward_pass, dispatch, rpc, config, head=head, local=local)

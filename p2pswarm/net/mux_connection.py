@@ -24,7 +24,7 @@ Who breaks the rules gets a go-away with a code, and this connection ends; no ot
 import logging
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable
 
 import trio
 
@@ -88,6 +88,7 @@ class MuxConnection:
     ) -> None:
         self.peer_id = peer_id
         self.round_trip_s: float | None = None
+        self.broke_protocol = False
         self.idle_since_s: float | None = trio.current_time()
         self._transports = Transports(transport, path, peer_id, is_dialler=is_initiator)
         self._config = config
@@ -177,7 +178,7 @@ class MuxConnection:
         finally:
             self._finish("this node closed it")
             with trio.move_on_after(GOODBYE_TIMEOUT_S, shield=True):
-                for transport in self._transports.take_all():
+                for transport in self._transports.in_use():
                     await transport.close()
             self._ended.set()
 
@@ -222,30 +223,36 @@ class MuxConnection:
         `ConnectionLost`: the connection has ended, or is in the middle of a move.
         """
         self._raise_if_ended()
-        self._transports.begin(transport, path)
+        superseded = self._transports.begin(transport, path)
+        if superseded is not None:
+            self._start(self._close, superseded)
         self._has_output.set()
 
     def _note_move(self) -> None:
         left = self._transports.take_left()
-        if not left:
-            return
-        logger.debug("the connection to %s moved, it is %s now", self.peer_id, self.path)
-        self._ping()  # for its new round trip
-        assert self._nursery is not None, "frames come and go while it runs"
-        for transport in left:
-            self._nursery.start_soon(self._leave, transport)
+        if left is not None:
+            logger.debug("the connection to %s moved, its path is %s now", self.peer_id, self.path)
+            self._ping()  # for its new round trip
+            self._start(self._leave, left)
 
     async def _leave(self, transport: SecureTransport) -> None:
+        """Closes what nobody uses any more, the listener only when the dialler has: it may not have read our move."""
         try:
             if not self._transports.is_dialler:
                 with trio.move_on_after(LEFT_TIMEOUT_S):
-                    while await transport.read_some():
-                        pass
+                    await transport.read_some()
         except (NetworkError, ProtocolViolation) as error:
             logger.debug("the transport to %s that was left ended: %s", self.peer_id, error)
         finally:
-            with trio.move_on_after(GOODBYE_TIMEOUT_S, shield=True):
-                await transport.close()
+            await self._close(transport)
+
+    async def _close(self, transport: SecureTransport) -> None:
+        with trio.move_on_after(GOODBYE_TIMEOUT_S, shield=True):
+            await transport.close()
+
+    def _start(self, function: Callable[[SecureTransport], Awaitable[None]], transport: SecureTransport) -> None:
+        assert self._nursery is not None, "a connection moves while it runs"
+        self._nursery.start_soon(function, transport)
 
     # Writing
 
@@ -394,6 +401,7 @@ class MuxConnection:
             self._finish("the peer closed it")
         except ProtocolViolation as error:
             logger.warning("%s broke the protocol, its connection is closed: %s", self.peer_id, error)
+            self.broke_protocol = True
             await self._say_goodbye(GoAwayCode.PROTOCOL_ERROR)
             self._finish(f"the peer broke the protocol: {error}")
         except NetworkError as error:

@@ -4,9 +4,9 @@ Theory of operation. Two ends share a second transport, authenticated to be betw
 a move as its last frame on the old one and goes on over the new one; each reads the old one up to that frame, then the
 new one, where what came meanwhile has waited. So no byte is lost, doubled or overtaken, and no stream notices.
 
-The dialler leads: the listener agrees first (`begin`) and leaves once the dialler's move has come. So a move that was not
-agreed is a violation, whatever the delays of either transport. The old one is closed first by the dialler, which has
-then read the listener's last byte; the listener waits for that, since to close first could cost its move.
+The dialler leads: the listener agrees first (`begin`) and leaves once the dialler's move has come. So a move that was
+not agreed is a violation, whatever the delays of either transport. The old one is closed first by the dialler, which
+has then read the listener's last byte; the listener waits for that, since to close first could cost its move.
 
 It knows nothing of frames, waits for nothing and sends nothing: `mux_connection.py` does.
 """
@@ -47,20 +47,22 @@ class Transports:
         self.is_dialler = is_dialler
         self.has_to_leave = False
         """Whether what is sent next on `outgoing` ends with a move."""
+        self._previous = transport
         self._peer_id = peer_id
         self._destination: tuple[SecureTransport, ConnectionPath] | None = None
-        self._open = [transport]
 
-    def begin(self, transport: SecureTransport, path: ConnectionPath) -> None:
-        """Agrees to move. The listener may do so again until the dialler's move comes: the latest counts.
+    def begin(self, transport: SecureTransport, path: ConnectionPath) -> SecureTransport | None:
+        """Agrees to move. Raises `ConnectionLost` in the middle of a move.
 
-        Raises `ConnectionLost` in the middle of a move.
+        The listener may agree anew until the dialler's move comes, since a dialler may give up a transport before it
+        leads: the latest counts, the one before is returned for the caller to close.
         """
         if self.has_to_leave or self.incoming is not self.outgoing:
             raise ConnectionLost(f"the connection to {self._peer_id} is on the move already", self._peer_id)
+        superseded = None if self._destination is None else self._destination[0]
         self._destination = transport, path
-        self._open.append(transport)
         self.has_to_leave = self.is_dialler
+        return superseded
 
     def leave(self) -> None:
         """The last frame is on its way: from now on the other one is written to."""
@@ -75,17 +77,16 @@ class Transports:
         self.incoming = self._destination[0]
         self.has_to_leave = self.outgoing is not self.incoming
 
-    def take_left(self) -> list[SecureTransport]:
-        """Those that nobody uses any more, each once, for the caller to close; none in the middle of a move."""
-        if self._destination is None or not self._destination[0] is self.incoming is self.outgoing:
-            return []
+    def take_left(self) -> SecureTransport | None:
+        """When a move has just been completed, the one that nobody uses any more, for the caller to close."""
+        if self._destination is None or not (self._destination[0] is self.incoming is self.outgoing):
+            return None
+        left, self._previous = self._previous, self.outgoing
         self.path = self._destination[1]
         self._destination = None
-        left = [transport for transport in self._open if transport is not self.outgoing]
-        self._open = [self.outgoing]
         return left
 
-    def take_all(self) -> list[SecureTransport]:
-        """Everything that is open, for the caller to close."""
-        taken, self._open = self._open, []
-        return taken
+    def in_use(self) -> list[SecureTransport]:
+        """Each once; for the caller to close when the connection ends."""
+        destination = [] if self._destination is None else [self._destination[0]]
+        return list(dict.fromkeys([self._previous, self.incoming, self.outgoing, *destination]))

@@ -39,7 +39,7 @@ class NoiseTransport(Transport):
 
 
 class NoiseSession(SecureSession):
-    """A `mux_connection.SecureTransport`, and to libp2p a secure connection like any other."""
+    """A `mux_transports.SecureTransport`, and to libp2p a secure connection like any other."""
 
     _encryption: ChaCha20Poly1305
     _decryption: ChaCha20Poly1305

@@ -10,7 +10,7 @@ from p2pswarm.core.errors import ConnectionLost
 
 
 class PipeTransport:
-    """One end of a pipe in memory, as `net.mux_connection.SecureTransport`; nothing goes out without waiting."""
+    """One end of a pipe in memory, as `net.mux_transports.SecureTransport`; nothing goes out without waiting."""
 
     def __init__(self, stream: trio.StapledStream) -> None:
         self.stream = stream

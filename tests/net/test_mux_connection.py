@@ -11,9 +11,10 @@ from trio.testing import MockClock
 from p2pswarm.core.errors import ConnectionLost
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.config import KIB, MIB, NetworkConfig
-from p2pswarm.net.mux_connection import MuxConnection, SecureTransport
+from p2pswarm.net.mux_connection import MuxConnection
 from p2pswarm.net.mux_frames import INITIAL_WINDOW_BYTES
 from p2pswarm.net.mux_stream import MuxStream
+from p2pswarm.net.mux_transports import SecureTransport
 
 NewPipe = Callable[[], tuple[SecureTransport, SecureTransport]]
 Pair = tuple[MuxConnection, MuxConnection]

@@ -1,3 +1,6 @@
+from collections import deque
+from itertools import chain
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -81,7 +84,7 @@ def test_closing_flags_come_with_the_last_piece_of_a_payload() -> None:
     "header",
     [
         HEADER.pack(1, 0, 0, 1, 0),
-        HEADER.pack(0, 4, 0, 1, 0),
+        HEADER.pack(0, 5, 0, 1, 0),
         HEADER.pack(0, 0, 16, 1, 0),
         HEADER.pack(0, 0, 0, 0, 1),
         HEADER.pack(0, 2, 1, 1, 0),
@@ -92,6 +95,15 @@ def test_closing_flags_come_with_the_last_piece_of_a_payload() -> None:
 def test_impossible_headers_are_violations(header: bytes) -> None:
     with pytest.raises(ProtocolViolation):
         list(FrameParser().feed(header))
+
+
+def test_nothing_may_follow_a_move() -> None:
+    move = encode_header(FrameType.MOVE, 0, 0, 0)
+    for pieces in ([move + b"x"], [move, b"x"], [move[:5], move[5:] + move]):
+        parser = FrameParser()
+        with pytest.raises(ProtocolViolation, match="after the move"):
+            deque(chain.from_iterable(map(parser.feed, pieces)))
+        assert parser.is_over
 
 
 @given(st.lists(st.binary(max_size=200), max_size=10))

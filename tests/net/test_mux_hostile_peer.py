@@ -13,7 +13,7 @@ from trio.testing import MockClock, memory_stream_pair
 from p2pswarm.core.errors import ConnectionLost
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.config import KIB, MIB, NetworkConfig
-from p2pswarm.net.mux_connection import MAX_QUEUED_ANSWER_BYTES, MuxConnection, SecureTransport
+from p2pswarm.net.mux_connection import MAX_QUEUED_ANSWER_BYTES, MuxConnection
 from p2pswarm.net.mux_frames import (
     ACK,
     FIN,
@@ -27,6 +27,8 @@ from p2pswarm.net.mux_frames import (
     GoAwayCode,
     encode_header,
 )
+from p2pswarm.net.mux_transports import SecureTransport
+from p2pswarm.net.path import DIRECT
 
 NewPipe = Callable[[], tuple[SecureTransport, SecureTransport]]
 LIMITS = NetworkConfig(
@@ -110,6 +112,20 @@ async def test_frames_for_streams_that_never_were_end_the_connection(
     async with attack() as attacker:
         await attacker.send(type, flags, stream_id, 0)
         await attacker.wait_dropped()
+
+
+async def test_move_that_was_not_agreed_ends_the_connection(attack: Attack) -> None:
+    async with attack() as attacker:
+        await attacker.send(FrameType.MOVE, 0, 0, 0)
+        await attacker.wait_dropped()
+
+
+async def test_bytes_after_the_last_frame_end_the_connection(attack: Attack, new_pipe: NewPipe) -> None:
+    async with attack() as attacker:
+        attacker.connection.move_to(new_pipe()[0], DIRECT)
+        await attacker.send(FrameType.MOVE, 0, 0, 0, b"x")
+        await trio.testing.wait_all_tasks_blocked()
+        assert attacker.connection.is_closed
 
 
 async def test_opening_a_stream_twice_ends_the_connection(attack: Attack) -> None:
@@ -278,7 +294,7 @@ wild_frames = st.builds(
         HEADER.pack(version, type, flags, stream_id, length) + payload
     ),
     st.sampled_from([0, 0, 0, 0, 0, 0, 0, 1]),
-    st.sampled_from([0, 0, 0, 1, 1, 2, 3, 4]),
+    st.sampled_from([0, 0, 0, 1, 1, 2, 3, 4, 5]),
     st.sampled_from([0, 0, SYN, ACK, FIN, RST, SYN | FIN, SYN | RST, 15, 64]),
     st.sampled_from([0, 1, 2, 3, 3, 4, 5, 7, 2**32 - 1]),
     st.sampled_from([0, 1, 5, 100, 256 * KIB, 17 * MIB, 2**32 - 1]),

@@ -29,6 +29,8 @@ from p2pswarm.net.listening import Listening
 from p2pswarm.net.negotiation import answer, propose
 from p2pswarm.net.network import Stream, StreamHandler
 from p2pswarm.net.path import ConnectionPath
+from p2pswarm.net.private.member_exchange import MemberExchange
+from p2pswarm.net.private.private_swarm import PrivateSwarm
 from p2pswarm.net.serving import run_handler
 from p2pswarm.net.shared_calls import SharedCalls
 from p2pswarm.net.traffic import Traffic
@@ -44,16 +46,20 @@ async def open_network(
     listen: Sequence[str] = (),
     announce: Sequence[str] = (),
     config: NetworkConfig = DEFAULT_CONFIG,
+    private: PrivateSwarm | None = None,
 ) -> AsyncIterator["Host"]:
     """A running node that listens on the given multiaddrs (none: it only dials). Raises `ConfigError`: taken port.
 
-    `announce`: what others are told to dial, where that is not what it listens on (a forwarded port).
+    `announce`: what others are told to dial, where that is not what it listens on (a forwarded port). `private`: the
+    swarm to whose members alone it connects.
     """
     announced = [parse_tcp_address(address) for address in announce]
     async with open_transparent_nursery() as nursery:
-        host = Host(identity, config, nursery, announced)
+        host = Host(identity, config, nursery, announced, private)
         try:
             nursery.start_soon(host.connections.close_idle)
+            if private is not None:
+                nursery.start_soon(MemberExchange(host, private.members).run)
             nursery.start_soon(host.listening.run)
             await host.listening.listen([parse_tcp_address(address) for address in listen])
             yield host
@@ -67,12 +73,18 @@ class Host:
     """A `net.network.Network`; made by `open_network`."""
 
     def __init__(
-        self, identity: Identity, config: NetworkConfig, nursery: trio.Nursery, announced: Sequence[TcpAddress] = ()
+        self,
+        identity: Identity,
+        config: NetworkConfig,
+        nursery: trio.Nursery,
+        announced: Sequence[TcpAddress] = (),
+        private: PrivateSwarm | None = None,
     ) -> None:
         self.connections = ConnectionTable(self._serve_stream, config, nursery)
-        self.upgrader = Upgrader(identity, config)
+        self.upgrader = Upgrader(identity, config, private)
         self.listening = Listening(self.upgrader, self.connections, config, nursery)
         self._identity = identity
+        self._private = private
         self._config = config
         self._book = AddressBook()
         self._dialler = Dialler(self.upgrader, self._book, self._adopt_dialled, config, nursery)
@@ -173,7 +185,12 @@ class Host:
             raise ConnectionLost("this node is shutting down", self.peer_id)
         if peer_id == self.peer_id:
             raise PeerUnreachable("this node does not dial itself", peer_id)
-        return await self._dials.get(peer_id, partial(self._dialler.dial, peer_id))
+        try:
+            return await self._dials.get(peer_id, partial(self._dialler.dial, peer_id))
+        except PeerUnreachable:
+            if self._private is not None:
+                self._private.members.check_own(self.peer_id)
+            raise
 
     def _adopt_dialled(self, connection: Connection) -> None:
         self.connections.adopt(connection, is_dialled=True)

@@ -38,6 +38,7 @@ __all__ = [
     "SecureSession",
     "StopMessage",
     "TProtocol",
+    "TSecurityOptions",
     "Transport",
     "TransportUpgrader",
     "Yamux",
@@ -75,7 +76,7 @@ with _bare_packages("libp2p", "libp2p.transport", *RELAY_PACKAGES):
     from libp2p.abc import IMuxedConn, IMuxedStream, IRawConnection, ISecureConn, ISecureTransport
     from libp2p.crypto.ed25519 import Ed25519PublicKey, create_new_key_pair
     from libp2p.crypto.x25519 import create_new_key_pair as create_new_noise_key_pair
-    from libp2p.custom_types import TProtocol
+    from libp2p.custom_types import TProtocol, TSecurityOptions
     from libp2p.io.abc import ReadWriteCloser
     from libp2p.io.exceptions import IOException
     from libp2p.network.connection.raw_connection import RawConnection

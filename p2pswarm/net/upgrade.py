@@ -1,13 +1,14 @@
 """From a bare pipe to an authenticated connection with streams: libp2p's negotiation, our noise session and muxer.
 
 The order in which muxers are offered is the order of preference: ours, then stock yamux, so that any libp2p node can
-connect. All that is used of libp2p comes from `libp2p_parts.py`.
+connect. A node of a private swarm speaks the handshake of `private/psk_noise.py` instead of libp2p's. All that is used
+of libp2p comes from `libp2p_parts.py`.
 """
 
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import Any
 
 from p2pswarm.core.errors import ConnectionLost
 from p2pswarm.core.ids import PeerId
@@ -24,6 +25,7 @@ from p2pswarm.net.libp2p_parts import (
     ReadWriteCloser,
     TProtocol,
     TransportUpgrader,
+    TSecurityOptions,
     Yamux,
     create_new_key_pair,
     create_new_noise_key_pair,
@@ -31,6 +33,8 @@ from p2pswarm.net.libp2p_parts import (
 from p2pswarm.net.mux_connection import MUX_PROTOCOL, MuxConnection
 from p2pswarm.net.noise_session import READ_BYTES, NoiseSession, NoiseTransport
 from p2pswarm.net.pipe import Pipe
+from p2pswarm.net.private.private_swarm import PrivateSwarm
+from p2pswarm.net.private.psk_noise import PSK_NOISE_PROTOCOL, ForeignTransport, PskNoiseTransport
 from p2pswarm.net.stock_connection import StockConnection
 from p2pswarm.net.traffic import Traffic
 
@@ -41,15 +45,14 @@ logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 class Upgrader:
     """Makes connections for one node."""
 
-    def __init__(self, identity: Identity, config: NetworkConfig) -> None:
+    def __init__(self, identity: Identity, config: NetworkConfig, private: PrivateSwarm | None = None) -> None:
         self.traffic = Traffic()
         """Of all connections that were made here."""
         self._config = config
-        noise = NoiseTransport(
-            create_new_key_pair(identity.private_bytes), create_new_noise_key_pair().private_key, self.traffic
-        )
-        muxers = {TProtocol(MUX_PROTOCOL): self._new_mux_connection, TProtocol(YAMUX_PROTOCOL): Yamux}
-        self._upgrader = TransportUpgrader({TProtocol(NOISE_PROTOCOL): noise}, cast("Any", muxers))
+        spoken, not_spoken = _handshakes(identity, private, self.traffic)
+        muxers: Any = {TProtocol(MUX_PROTOCOL): self._new_mux_connection, TProtocol(YAMUX_PROTOCOL): Yamux}
+        self._accepting = TransportUpgrader(spoken, muxers)
+        self._dialling = TransportUpgrader({**spoken, **not_spoken}, muxers)
 
     def _new_mux_connection(self, secured: ISecureConn, peer_id: ID) -> MuxConnection:
         assert isinstance(secured, NoiseSession)
@@ -71,7 +74,7 @@ class Upgrader:
             secured = await self._secure(pipe, peer_id)
             authenticated = secured.get_remote_peer()
             # Ours or Yamux, as agreed; to libp2p's types both are the latter.
-            muxed: IMuxedConn | MuxConnection = await self._upgrader.upgrade_connection(secured, authenticated)
+            muxed: IMuxedConn | MuxConnection = await self._dialling.upgrade_connection(secured, authenticated)
             if isinstance(muxed, MuxConnection):
                 return muxed
             return StockConnection(muxed, PeerId(authenticated.to_base58()), pipe.path)
@@ -85,11 +88,27 @@ class Upgrader:
     async def _secure(self, pipe: Pipe, peer_id: PeerId | None) -> ISecureConn:
         raw = RawConnection(PipeForLibp2p(pipe), initiator=peer_id is not None)
         expected = ID.from_base58(peer_id) if peer_id is not None else None
-        secured = await self._upgrader.upgrade_security(raw, expected is not None, expected)
+        upgrader = self._accepting if expected is None else self._dialling
+        secured = await upgrader.upgrade_security(raw, expected is not None, expected)
         authenticated = secured.get_remote_peer()
         if not is_peer_id(authenticated.to_base58()):
             raise ConnectionLost(f"the peer has no ed25519 key: {authenticated}")
         return secured
+
+
+def _handshakes(
+    identity: Identity, private: PrivateSwarm | None, traffic: Traffic
+) -> tuple[TSecurityOptions, TSecurityOptions]:
+    """The handshake that this node speaks, and the other one, which it proposes only to learn whether to tell why."""
+    if private is None:
+        noise = NoiseTransport(
+            create_new_key_pair(identity.private_bytes), create_new_noise_key_pair().private_key, traffic
+        )
+        foreign = ForeignTransport("it belongs to a private swarm, whose key is needed (--swarm-key)")
+        return {NOISE_PROTOCOL: noise}, {PSK_NOISE_PROTOCOL: foreign}
+    psk_noise = PskNoiseTransport(identity, private.key, private.members, traffic)
+    foreign = ForeignTransport("it has no swarm key, this node has one: it is not in the private swarm")
+    return {PSK_NOISE_PROTOCOL: psk_noise}, {NOISE_PROTOCOL: foreign}
 
 
 class PipeForLibp2p(ReadWriteCloser):

@@ -31,11 +31,11 @@ class Members:
         self._given_changed_ns: int | None = None
         self._kept = kept
         self._has_changed = trio.Event()
+        if kept is not None and kept.exists():  # first, since what is taken up after it is written over it
+            self._take_kept(kept)
         if given is not None:
             self._given_changed_ns = _changed_ns(given)
             self._take_given(MemberList.load(given))
-        if kept is not None and kept.exists():
-            self._take_kept(kept)
 
     @property
     def version(self) -> int:

@@ -50,11 +50,6 @@ class IncomingStreams:
     def num_open(self) -> int:
         return len(self._by_last_use)
 
-    def end_all(self) -> None:
-        """Sends all who ask elsewhere."""
-        for stream in list(self._by_last_use):
-            stream.reset()
-
     async def handle(self, stream: Stream) -> None:
         """A `net.network.StreamHandler`: answers requests until the peer closes the stream or falls silent."""
         if self._num_by_peer[stream.peer_id] >= self._config.max_incoming_streams_per_peer:

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import trio
 
-from p2pswarm.core.errors import NetworkError, ProtocolViolation, RemoteError
+from p2pswarm.core.errors import NetworkError, NotAMember, ProtocolViolation, RemoteError
 from p2pswarm.core.ids import PeerId
 from p2pswarm.dht.background import Background
 from p2pswarm.dht.bad_peers import BadPeers
@@ -88,7 +88,7 @@ class Neighbours:
             if not isinstance(answer.message, wanted):
                 got = type(answer.message).__name__
                 raise ProtocolViolation(f"{contact.peer_id} answered {got} to {request}", contact.peer_id)
-        except (NetworkError, RemoteError) as error:
+        except (NetworkError, RemoteError, NotAMember) as error:
             logger.debug("%s", error)
             self._gave_no_answer(contact.peer_id)
             return None
@@ -97,24 +97,29 @@ class Neighbours:
             self._known.answered(Contact(contact.peer_id, answer.sender_addresses))
         return answer.message
 
-    async def greet(self, contact: Contact) -> bool:
-        """Dials a contact from outside the DHT, with more patience than `ask` has; whether it answered."""
+    async def greet(self, contact: Contact) -> str | None:
+        """Dials a contact from outside the DHT, with more patience than `ask` has; why it failed, None if it did not."""
+        failure = "it has no address"
         for address in contact.addresses:
             try:
                 await self._network.connect(address)
+                failure = f"{address} is not of this swarm's DHT, or does not serve it"
                 break
-            except (NetworkError, RemoteError) as error:
+            except (NetworkError, RemoteError, NotAMember) as error:
                 logger.debug("%s", error)
+                failure = str(error)
         request = FindNode(node_id_of(self.own_peer_id))
         answer = await self.ask(contact, request, FoundNodes, self._config.bootstrap_timeout_s)
-        if answer is not None:
-            self.hear_of(answer.contacts)
-        return answer is not None
+        if answer is None:
+            return failure
+        self.hear_of(answer.contacts)
+        return None
 
     def heard_from(self, peer_id: PeerId, envelope: Envelope) -> None:
-        """A sign of life: the peer answered, or asked us something. It enters the table if it serves."""
+        """A sign of life: the peer answered, or asked us something. It is in the table as long as it serves."""
         self.bad_peers.answered(peer_id)
         if not envelope.sender_addresses:
+            self._remove(peer_id)
             return
         contact = Contact(peer_id, envelope.sender_addresses)
         self._known.asked_us(contact)
@@ -175,10 +180,14 @@ class Neighbours:
     def _gave_no_answer(self, peer_id: PeerId) -> None:
         self.num_unanswered += 1
         self.bad_peers.failed(peer_id, trio.current_time())
-        self.table.remove(peer_id)
+        self._remove(peer_id)
+
+    def _remove(self, peer_id: PeerId) -> None:
         self._heard_of.pop(peer_id, None)
-        if self.is_alone:
-            self._changed.set()
+        if peer_id in self.table:
+            self.table.remove(peer_id)
+            if self.is_alone:
+                self._changed.set()
 
     def _test(self, contact: Contact) -> None:
         """Asks the contact for a sign of life, since a newcomer could use its place."""

@@ -36,12 +36,13 @@ from p2pswarm.dht.record import RecordChecker, Refusal, SignedRecord
 from p2pswarm.dht.store import RecordStore
 from p2pswarm.dht.upkeep import Upkeep
 from p2pswarm.dht.walk import Walks
-from p2pswarm.net.network import Network, Stream
+from p2pswarm.net.network import Network
 
 MAX_PAGES_PER_HOLDER = 64
 """2048 records of the usual size fill 16 pages, of the largest 140; other holders send the rest."""
 RECORDS_BETWEEN_BREATHS = 8
 """Checking this many new signatures takes 1 ms; then other tasks have their turn."""
+MAX_FAILURES_TOLD = 3
 CLOCK_HINT = " (`expired` or `too_long_lived`: does this machine's clock go wrong?)"
 DEFAULT_CONFIG = DhtConfig()
 
@@ -97,18 +98,13 @@ class DhtNode:
         return self._neighbours.serves
 
     async def set_serving(self, serves: bool) -> None:
-        """Has others find us from now on, or no more, and tells them our addresses of now; it may take some seconds.
+        """Has others find us, at our addresses of now, or find us no more; the nodes around us know when this returns.
 
-        Who stops serving stays a client: it asks and stores with others, and is gone from their tables when they next
-        turn to it.
+        Who stops serving stays a client: it asks and stores with others, who forget it when they next hear from it.
         """
-        serves = serves and self._config.serve and bool(self._network.addresses)
-        is_new = serves and not self.serves
-        self._neighbours.serves = serves
+        self._neighbours.serves = serves and self._config.serve and bool(self._network.addresses)
         self._neighbours.forget_own_addresses()
-        if not serves:
-            self._incoming.end_all()
-        elif is_new and not self._neighbours.is_alone:
+        if self.serves and not self._neighbours.is_alone:
             await self._upkeep.make_ourselves_known()
 
     def contacts(self) -> list[Contact]:
@@ -129,7 +125,7 @@ class DhtNode:
         async with trio.open_nursery() as nursery:
             await nursery.start(self._background.run)
             if self._config.serve:
-                self._network.serve(DHT_PROTOCOL, self._serve_stream)
+                self._network.serve(DHT_PROTOCOL, self._incoming.handle)
             nursery.start_soon(self._upkeep.run)
             task_status.started()
             try:
@@ -138,21 +134,21 @@ class DhtNode:
                 self._neighbours.links.close_all()
                 self._known.save()
 
-    async def bootstrap(self, addresses: Sequence[str] = ()) -> None:
+    async def bootstrap(self, addresses: Sequence[str] = (), *, makes_known: bool = True) -> None:
         """Joins the swarm that the peers at `addresses`, or those remembered from last time, belong to.
 
         Returns when one of them has answered and, where we serve, the nodes around us know us; at once when there is
         nobody to ask (a new swarm). Whenever all others are lost, these peers are turned to again. Raises
-        `ConfigError` for an address that cannot be dialled, `NoPeersError` when nobody answers.
+        `ConfigError` for an address that cannot be dialled, `NoPeersError` when nobody answers. Without `makes_known`
+        only those peers hear of us until `set_serving`: for who does not know yet whether it can be dialled.
         """
         self._entry.give(addresses)
         contacts = self._entry.contacts()
         if not contacts:
             return
         if not await self._entry.greet():
-            some = ", ".join(contact.addresses[0] for contact in contacts[:5])
-            raise NoPeersError(f"none of {len(contacts)} known peers answers: {some}")
-        if self.serves:
+            raise NoPeersError(_nobody_answers(contacts, self._entry.failures))
+        if self.serves and makes_known:
             await self._upkeep.make_ourselves_known()
 
     async def put(self, record: SignedRecord) -> int:
@@ -209,10 +205,6 @@ class DhtNode:
             num_served=self._incoming.num_served,
         )
 
-    async def _serve_stream(self, stream: Stream) -> None:
-        if self.serves:
-            await self._incoming.handle(stream)
-
     async def _read_from(self, holder: Contact, reading: Reading) -> Sequence[Contact] | None:
         """Takes all pages that the holder has; the contacts it named, None where it did not answer."""
         contacts: Sequence[Contact] = ()
@@ -229,6 +221,11 @@ class DhtNode:
             if not answer.has_more or reading.num_seen == num_seen:
                 break
         return self._neighbours.hear_of(contacts)
+
+
+def _nobody_answers(contacts: Sequence[Contact], failures: Sequence[str]) -> str:
+    some = failures[:MAX_FAILURES_TOLD] or [contact.addresses[0] for contact in contacts[:MAX_FAILURES_TOLD]]
+    return f"none of {len(contacts)} known peers answers: {'; '.join(some)}"
 
 
 def _tell_if_refused(record: SignedRecord, outcomes: Sequence[Refusal | None]) -> None:

@@ -29,6 +29,8 @@ class NetworkConfig:
     """Open at once, opened by the peer; more are refused one by one."""
     max_unaccepted_streams: int = 1024
     """Opened by the peer, not yet taken up by us; more are refused one by one."""
+    max_new_streams_per_s: float = 400.0
+    """Taken up, of all peers together: a tenth of a core. More wait, unaccepted; connections take turns."""
     max_stream_window_bytes: int = 16 * MIB
     """How far a stream's receive window may grow: what a long, fat link can have in flight."""
     max_receive_bytes_per_connection: int = 128 * MIB
@@ -55,10 +57,11 @@ class NetworkConfig:
             "ping_timeout_s",
             "first_bytes_timeout_s",
             "handshake_burst_s",
+            "max_new_streams_per_s",
             "idle_connection_timeout_s",
         ):
             if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is a time above 0, got {getattr(self, name)}")
+                raise ConfigError(f"{name} is above 0, got {getattr(self, name)}")
         for name in (
             "max_streams_per_connection",
             "max_unaccepted_streams",

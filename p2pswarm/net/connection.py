@@ -26,6 +26,11 @@ class Connection(Protocol):
     def is_closed(self) -> bool: ...
 
     @property
+    def broke_protocol(self) -> bool:
+        """Whether it ended because the peer sent what the protocol forbids."""
+        ...
+
+    @property
     def round_trip_s(self) -> float | None: ...
 
     @property

@@ -1,6 +1,8 @@
-"""The open connections of a node, by peer: who runs them, which is the best of a peer's, which may go.
+"""The open connections of a node, by peer: who runs them, which is the best of a peer's, which have to go.
 
-It knows nothing of how a connection comes about (`dialling.py`, `listening.py`) nor of what its streams carry.
+It knows nothing of how a connection comes about (`dialling.py`, `listening.py`) nor of what its streams carry. New
+streams are taken up at a pace, since each costs a task and a negotiation; connections take turns. A peer that breaks
+the protocol loses its connections, and for a while it gets no others.
 """
 
 import itertools
@@ -10,22 +12,33 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 import trio
 
 from p2pswarm.core.ids import PeerId
+from p2pswarm.net.admission import Source
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.connection import Connection, ConnectionStream
-from p2pswarm.net.idleness import idle_since_before, longest_idle
+from p2pswarm.net.idleness import idle_since_before, who_makes_room
+from p2pswarm.net.offences import Offences
+from p2pswarm.net.pace import Pace
 
 LOOKS_PER_IDLE_TIMEOUT = 4
 """So an idle connection is closed up to a quarter of its time too late."""
+NEW_STREAMS_BURST_S = 2.5
+"""Of the pace of new streams, saved up: a client with a thousand sessions begins them all at once."""
+TOLERATED_OFFENCES = 16
+"""Streams that end in a violation: of a bug one in a while, of an attack hundreds."""
+OFFENCES_PERIOD_S = 60.0
+FIRST_BAR_S = 30.0
+LONGEST_BAR_S = 3600.0
 
 logger = logging.getLogger(__name__)
 
 
 class ConnectionTable:
-    """Connections run in `nursery`; `serve_stream` is given each stream that a peer opens."""
+    """Connections run in `nursery`; `serve_stream` is given each stream that a peer opens, and says whether the peer
+    kept to the protocol."""
 
     def __init__(
         self,
-        serve_stream: Callable[[ConnectionStream], Awaitable[None]],
+        serve_stream: Callable[[ConnectionStream], Awaitable[bool]],
         config: NetworkConfig,
         nursery: trio.Nursery,
     ) -> None:
@@ -34,6 +47,15 @@ class ConnectionTable:
         self._nursery = nursery
         self._connections: dict[PeerId, list[Connection]] = {}
         self._dialled: set[Connection] = set()
+        self._offences: Offences[PeerId] = Offences(
+            tolerated=TOLERATED_OFFENCES,
+            period_s=OFFENCES_PERIOD_S,
+            first_bar_s=FIRST_BAR_S,
+            longest_bar_s=LONGEST_BAR_S,
+        )
+        rate_per_s = config.max_new_streams_per_s
+        self._new_streams = Pace(rate_per_s, rate_per_s * NEW_STREAMS_BURST_S, trio.current_time())
+        self._stream_turns = trio.StrictFIFOLock()
 
     def __len__(self) -> int:
         return sum(map(len, self._connections.values()))
@@ -66,16 +88,28 @@ class ConnectionTable:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run)
                 while (stream := await connection.accept_stream()) is not None:
+                    await self._stream_turn()
                     # Streams that the peer has reset no longer count as open, but their handlers may still be at work.
                     if len(nursery.child_tasks) > self._config.max_streams_per_connection:
                         stream.reset()
                     else:
-                        nursery.start_soon(self._serve_stream, stream)
+                        nursery.start_soon(self._serve, stream)
                 self._forget(connection)
         except Exception:  # isolation border: a bug in one connection must not take the node down
             logger.exception("connection to %s failed", connection.peer_id)
         finally:
             self._forget(connection)
+        if connection.broke_protocol:
+            self.note_offence(connection.peer_id, is_grave=True)
+
+    async def _stream_turn(self) -> None:
+        async with self._stream_turns:
+            await trio.sleep_until(self._new_streams.ready_at_s(trio.current_time()))
+            self._new_streams.spend(1, trio.current_time())
+
+    async def _serve(self, stream: ConnectionStream) -> None:
+        if not await self._serve_stream(stream):
+            self.note_offence(stream.peer_id)
 
     def _forget(self, connection: Connection) -> None:
         self._dialled.discard(connection)
@@ -85,19 +119,35 @@ class ConnectionTable:
             if not connections:
                 del self._connections[connection.peer_id]
 
-    # Which may go
+    # Which have to go
 
-    def can_take_one_more(self) -> bool:
-        return len(self) < self._config.max_connections or longest_idle(self) is not None
+    def is_barred(self, peer_id: PeerId) -> bool:
+        """Whether the peer broke the protocol lately."""
+        return self._offences.is_barred(peer_id, trio.current_time())
 
-    def make_room(self) -> None:
+    def note_offence(self, peer_id: PeerId, *, is_grave: bool = False) -> None:
+        """The peer did what no honest one does, or (grave) sent bytes that make no sense at all."""
+        if self._offences.commit(peer_id, trio.current_time(), is_grave=is_grave):
+            logger.info("%s broke the protocol, for a while it is refused", peer_id)
+            for connection in self.of(peer_id):
+                self._part_with(connection)
+
+    def can_take_one_more(self, source: Source) -> bool:
+        """Whether there is room for a connection from there, or somebody who makes room for it."""
+        is_full = len(self) >= self._config.max_connections
+        return not is_full or who_makes_room(self, source, self._config.max_connections) is not None
+
+    def make_room(self, source: Source) -> None:
         """For a newcomer, who would otherwise be kept out for as long as others hold on to what they do not use."""
         if len(self) >= self._config.max_connections:
-            idle = longest_idle(self)
-            assert idle is not None, "asked only where there is one"
-            logger.debug("the connection to %s, idle longest of all, is closed for a newcomer", idle.peer_id)
-            self._forget(idle)
-            self._nursery.start_soon(idle.close)
+            leaving = who_makes_room(self, source, self._config.max_connections)
+            assert leaving is not None, "asked only where there is one"
+            logger.debug("the connection to %s is closed for a newcomer from %s", leaving.peer_id, source)
+            self._part_with(leaving)
+
+    def _part_with(self, connection: Connection) -> None:
+        self._forget(connection)  # now, so that nobody opens a stream on it any more
+        self._nursery.start_soon(connection.close)
 
     async def close_idle(self) -> None:
         """Closes, as time goes by, what was dialled here and nobody has needed for long."""

@@ -19,13 +19,16 @@ from p2pswarm.core.errors import ConnectionLost, NetworkError, PeerUnreachable, 
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.net.address_book import AddressBook
-from p2pswarm.net.addresses import TcpAddress, join_peer_address, parse_address, parse_tcp_address, split_peer_address
+from p2pswarm.net.addresses import CircuitAddress, TcpAddress, join_peer_address, parse_address, parse_tcp_address, split_peer_address
 from p2pswarm.net.config import DEFAULT_CONFIG, NetworkConfig
 from p2pswarm.net.connection import Connection, ConnectionStream
 from p2pswarm.net.connection_table import ConnectionTable, close_all
 from p2pswarm.net.dialling import Dialler
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.listening import Listening
+from p2pswarm.net.nat.circuits import CircuitPipe, IncomingCircuits, call
+from p2pswarm.net.nat.relay_messages import HOP_PROTOCOL, STOP_PROTOCOL
+from p2pswarm.net.nat.reservation import Reservation, ask_reservation
 from p2pswarm.net.negotiation import answer, propose
 from p2pswarm.net.network import Stream, StreamHandler
 from p2pswarm.net.path import ConnectionPath
@@ -87,9 +90,12 @@ class Host:
         self._private = private
         self._config = config
         self._book = AddressBook()
-        self._dialler = Dialler(self.upgrader, self._book, self._adopt_dialled, config, nursery)
-        self._dials: SharedCalls[PeerId, Connection] = SharedCalls(nursery)
-        self._handlers: dict[ProtocolId, StreamHandler] = {}
+        self._dialler = Dialler(
+            self.upgrader, self._book, self._call_through_relay, self._adopt_dialled, config, nursery
+        )
+        self._dials: SharedCalls[tuple[PeerId, bool], Connection] = SharedCalls(nursery)
+        self._incoming_circuits = IncomingCircuits(self.listening.accept)
+        self._handlers: dict[ProtocolId, StreamHandler] = {STOP_PROTOCOL: self._incoming_circuits.take_up}
         self._announced = tuple(map(str, announced))
         self._published: tuple[str, ...] | None = None
         self._is_closing = False
@@ -143,7 +149,10 @@ class Host:
     # Streams
 
     async def open_stream(self, peer_id: PeerId, protocol: ProtocolId) -> Stream:
-        connection = await self._connection_to(peer_id)
+        return await self._open_stream_on(await self._connection_to(peer_id), protocol)
+
+    async def _open_stream_on(self, connection: Connection, protocol: ProtocolId) -> Stream:
+        peer_id = connection.peer_id
         stream = await connection.open_stream()
         stream.protocol = protocol
         try:
@@ -159,15 +168,16 @@ class Host:
             raise
         return stream
 
-    async def _serve_stream(self, stream: ConnectionStream) -> None:
+    async def _serve_stream(self, stream: ConnectionStream) -> bool:
+        """Whether the peer kept to the protocol."""
         try:
             with trio.fail_after(self._config.open_stream_timeout_s):
                 stream.protocol = await answer(stream, self._handlers)
         except (NetworkError, RemoteError, trio.TooSlowError) as error:
             logger.debug("no protocol agreed for a stream of %s: %s", stream.peer_id, error)
             stream.reset()
-            return
-        await run_handler(self._handlers[stream.protocol], stream)
+            return True
+        return await run_handler(self._handlers[stream.protocol], stream)
 
     # Connections
 
@@ -177,16 +187,26 @@ class Host:
         await self._connection_to(peer_id)
         return peer_id
 
-    async def _connection_to(self, peer_id: PeerId) -> Connection:
+    async def _connection_to(self, peer_id: PeerId, *, directly: bool = False) -> Connection:
         connection = self.connections.best(peer_id)
-        if connection is not None:
+        if connection is not None and (connection.path.is_direct or not directly):
             return connection
         if self._is_closing:
             raise ConnectionLost("this node is shutting down", self.peer_id)
         if peer_id == self.peer_id:
             raise PeerUnreachable("this node does not dial itself", peer_id)
         try:
-            return await self._dials.get(peer_id, partial(self._dialler.dial, peer_id))
+            dial = partial(self._dialler.dial, peer_id, directly=directly)
+        return await self._dials.get((peer_id, directly), dial)
+
+    async def _call_through_relay(self, address: CircuitAddress, peer_id: PeerId) -> CircuitPipe:
+        self._book.add(address.relay_id, [str(address.relay_address)])
+        connection = await self._connection_to(address.relay_id, directly=True)
+        return await call(await self._open_stream_on(connection, HOP_PROTOCOL), peer_id)
+
+    async def reserve(self, relay_id: PeerId) -> Reservation:
+        self._incoming_circuits.expect_from(relay_id)
+        return await ask_reservation(self, relay_id)
         except PeerUnreachable:
             if self._private is not None:
                 self._private.members.check_own(self.peer_id)

@@ -94,7 +94,7 @@ class Listening:
         `said_something` returns once the first bytes have come.
         """
         source = source_of(pipe.path)
-        if not self._can_take_one_more() or self._is_shut_out(source):
+        if not self._can_take_one_more(source) or self._is_shut_out(source):
             await pipe.aclose()
             return
         try:
@@ -103,17 +103,20 @@ class Listening:
             logger.debug("an incoming connection came to nothing: %s", error)
             await pipe.aclose()
             return
-        if len(self._table.of(connection.peer_id)) >= self._config.max_connections_per_peer:
+        if self._table.is_barred(connection.peer_id):
+            self._door.note_failure(source)
+        elif len(self._table.of(connection.peer_id)) >= self._config.max_connections_per_peer:
             logger.debug("%s has too many connections already, one more is refused", connection.peer_id)
             self._door.note_failure(source)
-        elif self._can_take_one_more():
-            self._table.make_room()
+            self._table.note_offence(connection.peer_id)
+        elif self._can_take_one_more(source):
+            self._table.make_room(source)
             self._table.adopt(connection, is_dialled=False)
             return
         await _discard(connection)
 
-    def _can_take_one_more(self) -> bool:
-        return not self._is_stopped and self._table.can_take_one_more()
+    def _can_take_one_more(self, source: Source) -> bool:
+        return not self._is_stopped and self._table.can_take_one_more(source)
 
     def _is_shut_out(self, source: Source) -> bool:
         """Not where somebody from there is connected: who shares an address with strangers pays for them by waiting."""

@@ -5,7 +5,7 @@ from typing import Protocol
 
 import trio
 
-from p2pswarm.core.errors import SwarmingError
+from p2pswarm.core.errors import MalformedMessage, ProtocolViolation, SwarmingError
 from p2pswarm.net.network import Stream, StreamHandler
 
 logger = logging.getLogger(__name__)
@@ -19,14 +19,20 @@ class ServedStream(Stream, Protocol):
         ...
 
 
-async def run_handler(handler: StreamHandler, stream: ServedStream) -> None:
-    """Closes the stream when the handler returns, resets it when it raises; only cancellation goes further up."""
+async def run_handler(handler: StreamHandler, stream: ServedStream) -> bool:
+    """Whether the peer kept to the protocol, as far as the handler's exception says.
+
+    Closes the stream when the handler returns, resets it when it raises; only cancellation goes further up.
+    """
+    kept_protocol = True
     try:
         await handler(stream)
         await stream.close()
     except SwarmingError as error:
         logger.debug("stream %s of %s ended: %s", stream.protocol, stream.peer_id, error)
+        kept_protocol = not _is_violation(error, stream)
     except BaseExceptionGroup as group:
+        kept_protocol = group.subgroup(lambda error: _is_violation(error, stream)) is None
         _report(stream, group.split((SwarmingError, trio.Cancelled))[1])
         cancelled = group.split(trio.Cancelled)[0]
         if cancelled is not None:
@@ -35,6 +41,14 @@ async def run_handler(handler: StreamHandler, stream: ServedStream) -> None:
         _report(stream, error)
     finally:
         stream.reset()
+    return kept_protocol
+
+
+def _is_violation(error: BaseException, stream: Stream) -> bool:
+    """By the peer at the other end. (A message that is not as agreed may come from another version of ours.)"""
+    if not isinstance(error, ProtocolViolation) or isinstance(error, MalformedMessage):
+        return False
+    return error.peer_id == stream.peer_id
 
 
 def _report(stream: Stream, error: BaseException | None) -> None:

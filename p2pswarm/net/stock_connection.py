@@ -44,6 +44,8 @@ class StockConnection:
         self._accepted: deque[StockStream] = deque()
         self._changed = trio.Condition()
         self._nursery: trio.Nursery | None = None
+        self.broke_protocol = False
+        """Stock yamux does not tell."""
         self._is_closed = False
         self._open: set[StockStream] = set()
         self.idle_since_s = trio.current_time()

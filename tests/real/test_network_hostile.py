@@ -67,10 +67,10 @@ async def test_broken_frames_end_that_connection_only(frames: bytes, caplog: pyt
         attacker = await upgrader.upgrade(TcpPipe(await open_socket(server.addresses[0])), server.peer_id)
         assert isinstance(attacker, MuxConnection)
         with trio.fail_after(5), contextlib.suppress(ConnectionLost):
-            await attacker._transport.write_all([frames])
-            while await attacker._transport.read_some():
+            await attacker._transports.outgoing.write_all([frames])
+            while await attacker._transports.outgoing.read_some():
                 pass
-        await attacker._transport.close()
+        await attacker._transports.outgoing.close()
         await stream.write(b"untouched")
         assert await read_exactly(stream, 9) == b"untouched"
         assert server.connected_peers == {honest.peer_id}

@@ -184,10 +184,10 @@ class Neighbours:
 
     def _remove(self, peer_id: PeerId) -> None:
         self._heard_of.pop(peer_id, None)
-        if peer_id in self.table:
-            self.table.remove(peer_id)
-            if self.is_alone:
-                self._changed.set()
+        was_alone = self.is_alone
+        self.table.remove(peer_id)
+        if self.is_alone and not was_alone:
+            self._changed.set()
 
     def _test(self, contact: Contact) -> None:
         """Asks the contact for a sign of life, since a newcomer could use its place."""

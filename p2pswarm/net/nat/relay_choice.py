@@ -12,6 +12,7 @@ from p2pswarm.core.ids import PeerId
 FIRST_PAUSE_S = 15.0
 """How long a node that refused is left alone; it doubles with each refusal in a row, to `MAX_PAUSE_S`."""
 MAX_PAUSE_S = 600.0
+LOST_PAUSE_S = 2.0
 MAX_REMEMBERED = 256
 LOOPBACK = ("127.", "::1")
 UNKNOWN_ROUND_TRIP_S = 1.0
@@ -43,9 +44,11 @@ class RelayChoice:
         """Notes that the node would not relay for us, or could not be asked."""
         num_refusals = self._refusals.pop(peer_id, (0, 0.0))[0] + 1
         pause_s = min(FIRST_PAUSE_S * 2 ** (num_refusals - 1), MAX_PAUSE_S)
-        self._refusals[peer_id] = (num_refusals, now_s + pause_s)
-        if len(self._refusals) > MAX_REMEMBERED:
-            del self._refusals[next(iter(self._refusals))]
+        self._note(peer_id, num_refusals, now_s + pause_s)
+
+    def lost(self, peer_id: PeerId, now_s: float) -> None:
+        """Notes that a node relays for us no more: it may be back in a moment, and others are there already."""
+        self._note(peer_id, 0, now_s + LOST_PAUSE_S)
 
     def accepted(self, peer_id: PeerId) -> None:
         """Notes that the node relays for us."""
@@ -66,6 +69,11 @@ class RelayChoice:
         while free and len(held_ids) + len(chosen) < num_wanted:
             chosen.append(free.pop(_first_elsewhere(free, [*held, *chosen])))
         return chosen
+
+    def _note(self, peer_id: PeerId, num_refusals: int, until_s: float) -> None:
+        self._refusals[peer_id] = (num_refusals, until_s)
+        if len(self._refusals) > MAX_REMEMBERED:
+            del self._refusals[next(iter(self._refusals))]
 
     def _is_left_alone(self, peer_id: PeerId, now_s: float) -> bool:
         return peer_id in self._refusals and now_s < self._refusals[peer_id][1]

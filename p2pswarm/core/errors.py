@@ -21,6 +21,7 @@ SwarmingError
 ├── NetworkError              nobody did wrong: try again
 │   ├── PeerUnreachable       no address of the peer answered
 │   ├── ConnectionLost        the connection or stream ended in the middle
+│   ├── RelayRefused          a relay has no room for us, or no way to the peer: try another relay
 │   ├── SessionLost           the server ended the session in good order (it stops, or it was idle): go on elsewhere
 │   └── DeadlineExceeded      no answer in the time the caller gave
 └── SwarmError                the swarm as a whole cannot do it now
@@ -129,6 +130,10 @@ class PeerUnreachable(NetworkError):
 
 class ConnectionLost(NetworkError):
     """The connection or stream ended in the middle."""
+
+
+class RelayRefused(NetworkError):
+    """A relay does not do what we asked of it now; the text says why."""
 
 
 class SessionLost(NetworkError):

@@ -1,21 +1,26 @@
 """From a peer's addresses to a connection with it.
 
-The addresses are tried one after the other with a short head start each, and the first that answers wins. Who shares a
-dial, and when one is needed, is the host's affair.
+The addresses are tried one after the other with a short head start each, and the first that answers wins; relays come
+in when no direct way has been found in a second. Who shares a dial, and when one is needed, is the host's affair.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 import trio
 
-from p2pswarm.core.errors import ConnectionLost, NetworkError, PeerUnreachable
+from p2pswarm.core.errors import ConnectionLost, NetworkError, PeerUnreachable, RemoteError
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.address_book import AddressBook
-from p2pswarm.net.addresses import TcpAddress, parse_tcp_address
+from p2pswarm.net.addresses import CircuitAddress, TcpAddress, parse_address
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.connection import Connection
-from p2pswarm.net.pipe import TcpPipe
+from p2pswarm.net.pipe import Pipe, TcpPipe
 from p2pswarm.net.upgrade import Upgrader
+
+CIRCUITS_AFTER_S = 1.0
+"""Head start of all direct addresses over the relayed ones: a relay's line is somebody else's, and half as fast."""
+CIRCUIT_STAGGER_S = 1.0
+"""Head start of each relay over the next: several handshakes with it and through it."""
 
 
 class Dialler:
@@ -25,58 +30,89 @@ class Dialler:
         self,
         upgrader: Upgrader,
         book: AddressBook,
+        call_through_relay: Callable[[CircuitAddress, PeerId], Awaitable[Pipe]],
         adopt: Callable[[Connection], None],
         config: NetworkConfig,
         nursery: trio.Nursery,
     ) -> None:
         self._upgrader = upgrader
         self._book = book
+        self._call_through_relay = call_through_relay
         self._adopt = adopt
         self._config = config
         self._nursery = nursery
 
-    async def dial(self, peer_id: PeerId) -> Connection:
-        """A new connection, adopted already. Raises `PeerUnreachable` with the reason at each address."""
-        transports = self._book.get(peer_id)
-        if not transports:
+    async def dial(self, peer_id: PeerId, *, directly: bool = False) -> Connection:
+        """A new connection, adopted already; `directly`, without relays.
+
+        Raises `PeerUnreachable` with the reason at each address.
+        """
+        addresses = [parse_address(transport) for transport in self._book.get(peer_id)]
+        direct = [address for address in addresses if isinstance(address, TcpAddress)]
+        circuits = [address for address in addresses if isinstance(address, CircuitAddress) and not directly]
+        if not direct and not circuits:
             raise PeerUnreachable(f"no address of {peer_id} is known", peer_id)
         failures: list[str] = []
         with trio.move_on_after(self._config.dial_timeout_s):
-            connection = await self._dial_any(peer_id, transports, failures)
+            connection = await self._dial_any(peer_id, direct, circuits, failures)
             if connection is not None:
                 return connection
         reasons = "; ".join(failures) or f"no answer within {self._config.dial_timeout_s} s"
-        raise PeerUnreachable(f"{peer_id} cannot be reached at {', '.join(transports)}: {reasons}", peer_id)
+        tried = ", ".join(map(str, [*direct, *circuits]))
+        raise PeerUnreachable(f"{peer_id} cannot be reached at {tried}: {reasons}", peer_id)
 
-    async def _dial_any(self, peer_id: PeerId, transports: list[str], failures: list[str]) -> Connection | None:
-        """The first connection that comes about; each address gets a head start over the next, or until it fails."""
+    async def _dial_any(
+        self,
+        peer_id: PeerId,
+        direct: Sequence[TcpAddress],
+        circuits: Sequence[CircuitAddress],
+        failures: list[str],
+    ) -> Connection | None:
+        """The first connection that comes about."""
         connected: list[Connection] = []
 
-        async def try_one(transport: str, has_failed: trio.Event) -> None:
+        async def try_one(address: TcpAddress | CircuitAddress, has_failed: trio.Event) -> None:
             try:
-                connection = await self._dial_one(peer_id, parse_tcp_address(transport))
+                connection = await self._dial_one(peer_id, address)
                 connected.append(connection)
-                self._book.prove(peer_id, transport)
+                self._book.prove(peer_id, str(address))
                 self._adopt(connection)  # now, since what comes next may be cancelled
                 nursery.cancel_scope.cancel()
-            except (OSError, NetworkError) as error:
-                failures.append(f"{transport}: {error}")
+            except (OSError, NetworkError, RemoteError) as error:
+                failures.append(f"{address}: {error}")
             finally:
                 has_failed.set()
 
+        async def try_all(
+            addresses: Sequence[TcpAddress | CircuitAddress], stagger_s: float, have_failed: trio.Event
+        ) -> None:
+            """Each has a head start over the next, or until it fails."""
+            async with trio.open_nursery() as racing:
+                for address in addresses:
+                    has_failed = trio.Event()
+                    racing.start_soon(try_one, address, has_failed)
+                    with trio.move_on_after(stagger_s):
+                        await has_failed.wait()
+            have_failed.set()
+
         async with trio.open_nursery() as nursery:
-            for transport in transports:
-                has_failed = trio.Event()
-                nursery.start_soon(try_one, transport, has_failed)
-                with trio.move_on_after(self._config.dial_stagger_s):
-                    await has_failed.wait()
+            have_failed = trio.Event()
+            nursery.start_soon(try_all, direct, self._config.dial_stagger_s, have_failed)
+            if circuits:
+                with trio.move_on_after(CIRCUITS_AFTER_S):
+                    await have_failed.wait()
+                nursery.start_soon(try_all, circuits, CIRCUIT_STAGGER_S, trio.Event())
         for surplus in connected[1:]:
             self._nursery.start_soon(surplus.close)
         return connected[0] if connected else None
 
-    async def _dial_one(self, peer_id: PeerId, address: TcpAddress) -> Connection:
-        stream = await trio.open_tcp_stream(address.host, address.port)
-        return await self._upgrader.upgrade(TcpPipe(stream), peer_id)
+    async def _dial_one(self, peer_id: PeerId, address: TcpAddress | CircuitAddress) -> Connection:
+        pipe: Pipe
+        if isinstance(address, TcpAddress):
+            pipe = TcpPipe(await trio.open_tcp_stream(address.host, address.port))
+        else:
+            pipe = await self._call_through_relay(address, peer_id)
+        return await self._upgrader.dialled(pipe, peer_id)
 
     async def dial_fresh(self, address: TcpAddress, peer_id: PeerId) -> None:
         """Opens a TCP connection, lets the peer prove who it is, and closes. Raises `ConnectionLost`."""

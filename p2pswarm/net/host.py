@@ -19,7 +19,14 @@ from p2pswarm.core.errors import ConnectionLost, NetworkError, PeerUnreachable, 
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.net.address_book import AddressBook
-from p2pswarm.net.addresses import CircuitAddress, TcpAddress, join_peer_address, parse_address, parse_tcp_address, split_peer_address
+from p2pswarm.net.addresses import (
+    CircuitAddress,
+    TcpAddress,
+    join_peer_address,
+    parse_address,
+    parse_tcp_address,
+    split_peer_address,
+)
 from p2pswarm.net.config import DEFAULT_CONFIG, NetworkConfig
 from p2pswarm.net.connection import Connection, ConnectionStream
 from p2pswarm.net.connection_table import ConnectionTable, close_all
@@ -28,7 +35,6 @@ from p2pswarm.net.identity import Identity
 from p2pswarm.net.listening import Listening
 from p2pswarm.net.nat.circuits import CircuitPipe, IncomingCircuits, call
 from p2pswarm.net.nat.relay_messages import HOP_PROTOCOL, STOP_PROTOCOL
-from p2pswarm.net.nat.reservation import Reservation, ask_reservation
 from p2pswarm.net.negotiation import answer, propose
 from p2pswarm.net.network import Stream, StreamHandler
 from p2pswarm.net.path import ConnectionPath
@@ -196,21 +202,19 @@ class Host:
         if peer_id == self.peer_id:
             raise PeerUnreachable("this node does not dial itself", peer_id)
         try:
-            dial = partial(self._dialler.dial, peer_id, directly=directly)
-        return await self._dials.get((peer_id, directly), dial)
+            return await self._dials.get((peer_id, directly), partial(self._dialler.dial, peer_id, directly=directly))
+        except PeerUnreachable:
+            if self._private is not None:
+                self._private.members.check_own(self.peer_id)
+            raise
 
     async def _call_through_relay(self, address: CircuitAddress, peer_id: PeerId) -> CircuitPipe:
         self._book.add(address.relay_id, [str(address.relay_address)])
         connection = await self._connection_to(address.relay_id, directly=True)
         return await call(await self._open_stream_on(connection, HOP_PROTOCOL), peer_id)
 
-    async def reserve(self, relay_id: PeerId) -> Reservation:
+    def expect_circuits(self, relay_id: PeerId) -> None:
         self._incoming_circuits.expect_from(relay_id)
-        return await ask_reservation(self, relay_id)
-        except PeerUnreachable:
-            if self._private is not None:
-                self._private.members.check_own(self.peer_id)
-            raise
 
     def _adopt_dialled(self, connection: Connection) -> None:
         self.connections.adopt(connection, is_dialled=True)

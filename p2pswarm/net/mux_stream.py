@@ -146,6 +146,17 @@ class MuxStream:
                 self._owner.send_data(self, piece if is_constant else bytes(piece))
                 start = end
 
+    def write_now(self, data: bytes) -> int:
+        """Sends what goes without waiting, one frame at most; how many bytes that was. Not while `write` is at it."""
+        self._raise_if_not_writable()
+        if not self._owner.has_room():
+            return 0
+        num_bytes = min(len(data), self._send_credit_bytes, MAX_FRAME_BYTES)
+        if num_bytes:
+            self._send_credit_bytes -= num_bytes
+            self._owner.send_data(self, memoryview(data)[:num_bytes])
+        return num_bytes
+
     async def close_write(self) -> None:
         await trio.lowlevel.checkpoint()
         self._close_write()

@@ -108,6 +108,10 @@ class Network(Protocol):
         """
         ...
 
+    def expect_circuits(self, relay_id: PeerId) -> None:
+        """Takes up, from now on, the connections that peers make to this node through the relay."""
+        ...
+
     async def disconnect(self, peer_id: PeerId) -> None:
         """Ends the connection to the peer, if there is one."""
         ...

@@ -556,7 +556,7 @@ async def published_addresses_stand_for_the_own_ones_until_they_are_withdrawn(no
         )
         circuit = f"{bob.addresses[0]}/p2p-circuit/p2p/{alice.peer_id}"
         alice.publish([circuit])
-        assert alice.addresses == (circuit,)
+        assert list(alice.addresses) == [circuit]
         alice.publish([])
         assert not alice.addresses
         alice.publish(None)

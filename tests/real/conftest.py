@@ -1,0 +1,5 @@
+"""The fixture `tiny_servers`."""
+
+from tiny_servers import tiny_servers
+
+__all__ = ["tiny_servers"]

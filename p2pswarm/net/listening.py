@@ -98,10 +98,12 @@ class Listening:
             await pipe.aclose()
             return
         try:
-            connection = await self._door.admit(source, said_something, partial(self._upgrader.upgrade, pipe, None))
+            connection = await self._door.admit(source, said_something, partial(self._upgrader.accepted, pipe))
         except NetworkError as error:
             logger.debug("an incoming connection came to nothing: %s", error)
             await pipe.aclose()
+            return
+        if connection is None:
             return
         if self._table.is_barred(connection.peer_id):
             self._door.note_failure(source)

@@ -85,8 +85,12 @@ class MuxConnection:
         *,
         is_initiator: bool,
         config: NetworkConfig = DEFAULT_CONFIG,
+        handshake_hash: bytes = b"",
     ) -> None:
         self.peer_id = peer_id
+        self.is_initiator = is_initiator
+        self.handshake_hash = handshake_hash
+        """Of the handshake that it began with: by this its two ends mean the same connection."""
         self.round_trip_s: float | None = None
         self.broke_protocol = False
         self.idle_since_s: float | None = trio.current_time()

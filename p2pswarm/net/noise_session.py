@@ -45,6 +45,8 @@ class NoiseSession(SecureSession):
     _decryption: ChaCha20Poly1305
     _pipe: Pipe
     _traffic: Traffic
+    handshake_hash: bytes
+    """Of this handshake and no other; both ends know it, and nobody else."""
 
     @classmethod
     def over(cls, secured: ISecureConn, traffic: Traffic) -> "NoiseSession":
@@ -61,6 +63,7 @@ class NoiseSession(SecureSession):
         reader_writer = cast("Any", secured.conn)
         noise = reader_writer.noise_state.noise_protocol
         session._traffic = traffic
+        session.handshake_hash = noise.handshake_hash
         session._encryption = noise.cipher_state_encrypt.cipher.cipher
         session._decryption = noise.cipher_state_decrypt.cipher.cipher
         session._pipe = reader_writer.read_writer.read_write_closer.stream.pipe

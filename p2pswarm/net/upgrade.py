@@ -1,7 +1,7 @@
 """From a bare pipe to an authenticated connection with streams: libp2p's negotiation, our noise session and muxer.
 
 The order in which muxers are offered is the order of preference: ours, then stock yamux, so that any libp2p node can
-connect. A node of a private swarm speaks the handshake of `private/psk_noise.py` instead of libp2p's. All that is used
+connect. In place of a muxer, both sides may agree that a connection they have goes on over the new pipe. A node of a private swarm speaks the handshake of `private/psk_noise.py` instead of libp2p's. All that is used
 of libp2p comes from `libp2p_parts.py`.
 """
 
@@ -9,6 +9,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
+from weakref import WeakValueDictionary
 
 from p2pswarm.core.errors import ConnectionLost
 from p2pswarm.core.ids import PeerId
@@ -30,6 +31,7 @@ from p2pswarm.net.libp2p_parts import (
     create_new_key_pair,
     create_new_noise_key_pair,
 )
+from p2pswarm.net.move_agreement import MOVE_PROTOCOL, MoveAgreement
 from p2pswarm.net.mux_connection import MUX_PROTOCOL, MuxConnection
 from p2pswarm.net.noise_session import READ_BYTES, NoiseSession, NoiseTransport
 from p2pswarm.net.pipe import Pipe
@@ -51,33 +53,59 @@ class Upgrader:
         self._config = config
         spoken, not_spoken = _handshakes(identity, private, self.traffic)
         muxers: Any = {TProtocol(MUX_PROTOCOL): self._new_mux_connection, TProtocol(YAMUX_PROTOCOL): Yamux}
-        self._accepting = TransportUpgrader(spoken, muxers)
+        moving: Any = {TProtocol(MOVE_PROTOCOL): MoveAgreement}
+        self._accepting = TransportUpgrader(spoken, muxers | moving)
         self._dialling = TransportUpgrader({**spoken, **not_spoken}, muxers)
+        self._moving = TransportUpgrader(spoken, moving)
+        self._movable: WeakValueDictionary[bytes, MuxConnection] = WeakValueDictionary()
+        """By the hash of the handshake that each began with."""
 
     def _new_mux_connection(self, secured: ISecureConn, peer_id: ID) -> MuxConnection:
         assert isinstance(secured, NoiseSession)
-        return MuxConnection(
+        connection = MuxConnection(
             secured,
             PeerId(peer_id.to_base58()),
             secured.path,
             is_initiator=secured.is_initiator,
             config=self._config,
+            handshake_hash=secured.handshake_hash,
         )
+        self._movable[secured.handshake_hash] = connection
+        return connection
 
-    async def upgrade(self, pipe: Pipe, peer_id: PeerId | None) -> Connection:
-        """The connection over `pipe`, dialled to `peer_id` or (None) accepted from whoever it turns out to be.
+    async def dialled(self, pipe: Pipe, peer_id: PeerId) -> Connection:
+        """The connection over `pipe`, which was opened to reach `peer_id`.
 
         Closes the pipe when it fails, with `ConnectionLost`, or is cancelled. Set a deadline: the peer may never
         answer.
         """
         async with _closed_on_failure(pipe, peer_id):
             secured = await self._secure(pipe, peer_id)
-            authenticated = secured.get_remote_peer()
-            # Ours or Yamux, as agreed; to libp2p's types both are the latter.
-            muxed: IMuxedConn | MuxConnection = await self._dialling.upgrade_connection(secured, authenticated)
-            if isinstance(muxed, MuxConnection):
-                return muxed
-            return StockConnection(muxed, PeerId(authenticated.to_base58()), pipe.path)
+            return _connection(await self._dialling.upgrade_connection(secured, secured.get_remote_peer()), pipe)
+
+    async def accepted(self, pipe: Pipe) -> Connection | None:
+        """The connection over `pipe`, from whoever it turns out to be; None where an open connection goes on over it.
+
+        Closes the pipe and wants a deadline, like `dialled`.
+        """
+        async with _closed_on_failure(pipe, None):
+            secured = await self._secure(pipe, None)
+            agreed: object = await self._accepting.upgrade_connection(secured, secured.get_remote_peer())
+            if isinstance(agreed, MoveAgreement):
+                await agreed.follow(self._movable.get(await agreed.read_name()))
+                return None
+            return _connection(agreed, pipe)
+
+    async def move(self, connection: MuxConnection, pipe: Pipe) -> None:
+        """Has `connection` go on over `pipe`, which was opened to reach its peer; to the peer it is no newcomer.
+
+        Closes the pipe and wants a deadline, like `dialled`.
+        """
+        async with _closed_on_failure(pipe, connection.peer_id):
+            secured = await self._secure(pipe, connection.peer_id)
+            agreed: object = await self._moving.upgrade_connection(secured, secured.get_remote_peer())
+            assert isinstance(agreed, MoveAgreement), "nothing else was proposed"
+            await agreed.lead(connection)
 
     async def authenticate(self, pipe: Pipe, peer_id: PeerId) -> None:
         """Lets the peer that was dialled prove that it is `peer_id`, and closes the pipe. Raises `ConnectionLost`."""
@@ -109,6 +137,14 @@ def _handshakes(
     psk_noise = PskNoiseTransport(identity, private.key, private.members, traffic)
     foreign = ForeignTransport("it has no swarm key, this node has one: it is not in the private swarm")
     return {PSK_NOISE_PROTOCOL: psk_noise}, {NOISE_PROTOCOL: foreign}
+
+
+def _connection(agreed: object, pipe: Pipe) -> Connection:
+    """Ours or Yamux, as agreed; to libp2p's types both are the latter."""
+    if isinstance(agreed, MuxConnection):
+        return agreed
+    assert isinstance(agreed, Yamux), "nothing else is spoken here"
+    return StockConnection(agreed, PeerId(agreed.peer_id.to_base58()), pipe.path)
 
 
 class PipeForLibp2p(ReadWriteCloser):

@@ -75,7 +75,7 @@ async def meet(
     async def upgrade(name: str, upgrader: Upgrader, stream: trio.StapledStream, to: Identity | None) -> None:
         try:
             pipe = MemoryPipe(stream, sent[name])
-            outcomes[name] = await upgrader.upgrade(pipe, None if to is None else to.peer_id)
+            outcomes[name] = await (upgrader.accepted(pipe) if to is None else upgrader.dialled(pipe, to.peer_id))
         except NetworkError as error:
             outcomes[name] = error
 
@@ -191,7 +191,7 @@ async def test_recorded_first_message_opens_nothing() -> None:
 
     async def accept() -> None:
         with pytest.raises(ConnectionLost):
-            await Upgrader(OTHER, DEFAULT_CONFIG, swarm()).upgrade(MemoryPipe(ends[1], said), None)
+            await Upgrader(OTHER, DEFAULT_CONFIG, swarm()).accepted(MemoryPipe(ends[1], said))
 
     with trio.fail_after(2):
         async with trio.open_nursery() as nursery:

@@ -64,7 +64,7 @@ async def test_broken_frames_end_that_connection_only(frames: bytes, caplog: pyt
         await honest.connect(server.addresses[0])
         stream = await honest.open_stream(server.peer_id, ECHO)
         upgrader = Upgrader(Identity.generate(), NetworkConfig())
-        attacker = await upgrader.upgrade(TcpPipe(await open_socket(server.addresses[0])), server.peer_id)
+        attacker = await upgrader.dialled(TcpPipe(await open_socket(server.addresses[0])), server.peer_id)
         assert isinstance(attacker, MuxConnection)
         with trio.fail_after(5), contextlib.suppress(ConnectionLost):
             await attacker._transports.outgoing.write_all([frames])

@@ -1,8 +1,9 @@
 """From a bare pipe to an authenticated connection with streams: libp2p's negotiation, our noise session and muxer.
 
 The order in which muxers are offered is the order of preference: ours, then stock yamux, so that any libp2p node can
-connect. In place of a muxer, both sides may agree that a connection they have goes on over the new pipe. A node of a private swarm speaks the handshake of `private/psk_noise.py` instead of libp2p's. All that is used
-of libp2p comes from `libp2p_parts.py`.
+connect. In place of a muxer, both sides may agree that a connection they have goes on over the new pipe. A node of a
+private swarm speaks the handshake of `private/psk_noise.py` instead of libp2p's. All that is used of libp2p comes from
+`libp2p_parts.py`.
 """
 
 import contextlib
@@ -20,7 +21,6 @@ from p2pswarm.net.libp2p_parts import (
     ID,
     NOISE_PROTOCOL,
     YAMUX_PROTOCOL,
-    IMuxedConn,
     ISecureConn,
     RawConnection,
     ReadWriteCloser,

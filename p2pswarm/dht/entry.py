@@ -25,6 +25,8 @@ class PointsOfEntry:
         self._background = background
         self._config = config
         self._given: dict[PeerId, Contact] = {}
+        self.failures: list[str] = []
+        """Why those greeted last did not answer, each."""
 
     def give(self, addresses: Sequence[str]) -> None:
         """Takes up peers from outside the DHT. Raises `ConfigError` for an address that cannot be dialled."""
@@ -46,13 +48,17 @@ class PointsOfEntry:
         """Whether one of them answered, within `bootstrap_timeout_s`; those slower than the first enter the table
         later."""
         first_answer, end = trio.Event(), trio.Event()
+        failures = self.failures = []
         turns = trio.CapacityLimiter(MAX_GREETED_AT_ONCE)
 
         async def greet_one(contact: Contact) -> None:
             async with turns:
-                if await self._neighbours.greet(contact):
-                    first_answer.set()
-                    end.set()
+                failure = await self._neighbours.greet(contact)
+            if failure is not None:
+                failures.append(failure)
+                return
+            first_answer.set()
+            end.set()
 
         async def greet_all() -> None:
             async with trio.open_nursery() as nursery:

@@ -57,6 +57,7 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
         command, "how hidden states travel; other than none, the answers are no longer exactly the local model's"
     )
     _add_adapter(command, ", or a folder with what was tuned")
+    _add_local_blocks(command)
     command.add_argument(
         "--exact", action="store_true", help="only servers with unquantized weights, so that the tokens are the model's"
     )
@@ -152,6 +153,7 @@ def _finetune_flags(command: argparse.ArgumentParser) -> None:
     )
     _add_dtype(command)
     _add_compression(command, "how hidden states and their gradients travel; other than none, both lose bits")
+    _add_local_blocks(command)
     _add_hub_flags(command)
 
 
@@ -170,6 +172,7 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     _add_dtype(command)
+    _add_local_blocks(command)
     measured = command.add_argument_group(
         "what is measured", "One of these; without them, one client's speed beside the local model's."
     )
@@ -242,6 +245,16 @@ def _add_compression(command: argparse.ArgumentParser, explanation: str) -> None
 def _add_adapter(command: argparse.ArgumentParser, metavar: str = "NAME", what: str = "") -> None:
     command.add_argument(
         "--adapter", metavar=metavar, help=f"LoRA adapter, as servers announce it{what}; default: the plain model"
+    )
+
+
+def _add_local_blocks(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--local-blocks",
+        type=_positive,
+        default=0,
+        metavar="K",
+        help="run the model's first K blocks and its last K here, so that servers see less of the text; default: none",
     )
 
 

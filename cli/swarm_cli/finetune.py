@@ -132,7 +132,7 @@ def _load(arguments: argparse.Namespace, labels: Sequence[str]) -> Any:
         revision=arguments.revision,
         token=arguments.token,
         cache_dir=arguments.cache_dir,
-        config=ClientConfig(codec=Codec(arguments.compression)),
+        config=ClientConfig(codec=Codec(arguments.compression), local_blocks=arguments.local_blocks),
         tuning_mode=arguments.method,
         pre_seq_len=arguments.prompt_length,
         lora_rank=arguments.rank,

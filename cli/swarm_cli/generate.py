@@ -41,6 +41,7 @@ async def _generate(arguments: argparse.Namespace, prompt: str | None) -> int:
         codec=Codec(arguments.compression),
         quantization=frozenset({Quantization.NONE}) if arguments.exact else None,
         active_adapter=arguments.adapter,
+        local_blocks=arguments.local_blocks,
     )
     async with open_swarm(arguments.peers, config=config) as swarm:
         with weights_bar(Console(stderr=True)) as listener:

@@ -1,7 +1,7 @@
 """One client of `swarm bench --clients N --client-processes`, a process of its own.
 
-It reads JSON lines: first `model`, `peers`, `dtype`, `threads`; then, as often as it likes, a task and, once its
-first token has come, an empty object for it to go on. It answers each line with one. It ends with its stdin.
+It reads JSON lines: first `model`, `peers`, `dtype`, `threads`, `local_blocks`; then, as often as it likes, a task and,
+once its first token has come, an empty object for it to go on. It answers each line with one. It ends with its stdin.
 """
 
 import json
@@ -27,7 +27,7 @@ def main() -> None:
 
 
 async def _serve(terms: dict[str, Any]) -> None:
-    async with open_swarm(terms["peers"], config=client_config()) as swarm:
+    async with open_swarm(terms["peers"], config=client_config(terms["local_blocks"])) as swarm:
         client = SessionClient(await swarm.load(terms["model"], dtype=getattr(torch, terms["dtype"])))
         _tell({})
         while line := await _read_line():

@@ -107,6 +107,7 @@ async def open_client_processes(setting: Setting, num_clients: int) -> AsyncIter
             "peers": setting.peers,
             "dtype": setting.dtype,
             "threads": setting.threads,
+            "local_blocks": setting.local_blocks,
         }
         for client in clients:
             await client.tell(terms)

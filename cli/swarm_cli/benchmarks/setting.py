@@ -48,6 +48,8 @@ class Setting:
     route: list[dict[str, Any]]
     max_length: int
     """Tokens of the longest session that all servers of the route take."""
+    local_blocks: int
+    """Of each end of the model, run by the client."""
     console: Console = field(repr=False)
     """For what is told meanwhile."""
 
@@ -56,20 +58,22 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{self.model.checkpoint.name}, {self.dtype}, {len(self.route)} hops, {self.threads} torch threads"
+        kept = f", {self.local_blocks} blocks of each end at the client" if self.local_blocks else ""
+        return f"{self.model.checkpoint.name}, {self.dtype}, {len(self.route)} hops, {self.threads} torch threads{kept}"
 
     def as_json(self) -> Mapping[str, Any]:
         return {
             "model": self.model.checkpoint.name,
             "dtype": self.dtype,
             "threads": self.threads,
+            "local_blocks": self.local_blocks,
             "route": self.route,
         }
 
 
-def client_config() -> ClientConfig:
+def client_config(local_blocks: int = 0) -> ClientConfig:
     """Benchmarks remember nobody, so that they say the same each time."""
-    return ClientConfig(known_peers_path=None)
+    return ClientConfig(known_peers_path=None, local_blocks=local_blocks)
 
 
 def load_whole_model(model: DistributedModel) -> Any:
@@ -92,7 +96,7 @@ async def open_setting(arguments: argparse.Namespace, console: Console) -> Async
             plan = LocalSwarmPlan(model_path, spans, arguments.threads, arguments.dtype or "float32")
             servers = await stack.enter_async_context(local_swarm(plan))
             peers = [address for server in servers for address in server.addresses]
-        swarm = await stack.enter_async_context(open_swarm(peers, config=client_config()))
+        swarm = await stack.enter_async_context(open_swarm(peers, config=client_config(arguments.local_blocks)))
         wanted_dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
         model = await swarm.load(model_path, dtype=wanted_dtype)
         local = await trio.to_thread.run_sync(partial(load_whole_model, model))
@@ -109,5 +113,6 @@ async def open_setting(arguments: argparse.Namespace, console: Console) -> Async
             arguments.threads,
             route_as_json(route, model.servers.known),
             min(model.servers.known[hop.peer_id].max_length for hop in route.hops),
+            arguments.local_blocks,
             console,
         )

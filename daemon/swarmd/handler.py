@@ -28,7 +28,7 @@ from swarmd.scheduling.costs import CostModel
 from swarmd.scheduling.dispatcher import Dispatcher
 from swarmd.scheduling.scheduler import Scheduler
 from swarmd.span_session import Shared, SpanSession
-from swarmd.training_memory import BackwardMemory, most_rows
+from swarmd.training_memory import AskedRows, BackwardMemory, TripSize, trip_size
 from swarmd.tuning_memory import DEFAULT_MAX_BYTES, TuningMemory
 from swarmd.tunings import held_bytes, read_tuning
 from swarmd.working_memory import backward_memory
@@ -112,9 +112,9 @@ class SpanService:
         self._check_batch(request)
         checks.check_trains(served.model.can_train)
         with self.tunings.held(held_bytes(request.tuning)):
-            max_rows = await device.run(partial(self._most_rows, request))
+            trip = await device.run(partial(self._trip_size, request, self.dispatcher.costs.pass_tokens))
             tensors = await device.run(partial(BackwardTensors, request, served.model, served.max_length))
-            job = BackwardJob(self._shared, peer_id, request, tensors, max_rows)
+            job = BackwardJob(self._shared, peer_id, request, tensors, trip)
             reply: BackwardReply = await self.dispatcher.run(job)
         return reply
 
@@ -127,8 +127,8 @@ class SpanService:
         checks.check_hidden_size(request.hidden_states, served.model.hidden_size)
         checks.check_length(request.hidden_states, served.max_length)
 
-    def _most_rows(self, request: Backward) -> int:
-        """On the device: how many rows of the request may be under way. Raises `BadRequest`."""
+    def _trip_size(self, request: Backward, pass_tokens: float) -> TripSize:
+        """On the device: how the request's rows may go there and back. Raises `BadRequest`."""
         served, model = self._served, self._served.model
         if self._backward_memory is None:
             self._backward_memory = backward_memory(model)
@@ -136,8 +136,14 @@ class SpanService:
         limit_bytes = served.training_bytes
         if limit_bytes is None:
             limit_bytes = memory.default_bytes(model.span.num_blocks)
-        num_tokens = request.hidden_states.shape[1]
-        return most_rows(memory, limit_bytes, num_tokens, request.span, request.tuning, served.max_length)
+        num_rows, num_tokens, _ = request.hidden_states.shape
+        return trip_size(
+            memory,
+            limit_bytes,
+            AskedRows(num_rows, num_tokens, request.span, request.tuning),
+            max_length=served.max_length,
+            pass_tokens=pass_tokens,
+        )
 
     async def _read_tuning(self, request: OpenSession) -> SpanTuning | None:
         """Raises `BadRequest`."""

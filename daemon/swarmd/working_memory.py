@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from p2pswarm.blocks.span_backward import RoundTrip, num_stages
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.core.span import Span
 from swarmd.training_memory import BackwardMemory, Growth
@@ -47,12 +48,25 @@ def backward_memory(model: SpanModel) -> BackwardMemory:
     if len({len(history) for history in histories}) > 1:  # it does something else with longer rows
         histories = [[max(history)] for history in histories]
     fixed_bytes, moments = 0.0, set()
-    for short, middle, long in zip(*histories, strict=True):
-        square_bytes = (long - 3 * middle + 2 * short) / (6 * num_tokens**2)
-        growth = Growth((middle - short) / num_tokens - 3 * num_tokens * square_bytes, square_bytes)
-        fixed_bytes = max(fixed_bytes, short - growth.row_bytes(num_tokens))
+    for sizes in zip(*histories, strict=True):
+        fixed, growth = _fit(num_tokens, *sizes)
+        fixed_bytes = max(fixed_bytes, fixed)
         moments.add(growth)
-    return BackwardMemory(math.ceil(fixed_bytes), _largest(moments), model.hidden_size * model.dtype.itemsize)
+    fixed_notes_bytes, notes = _fit(num_tokens, *(notes_bytes(model, num_tokens * factor) for factor in (1, 2, 4)))
+    return BackwardMemory(
+        math.ceil(fixed_bytes),
+        _largest(moments),
+        state_bytes=model.hidden_size * model.dtype.itemsize,
+        notes=notes,
+        fixed_notes_bytes=math.ceil(fixed_notes_bytes),
+    )
+
+
+def _fit(num_tokens: int, short: int, middle: int, long: int) -> tuple[float, Growth]:
+    """What is there however short the rows, and how it grows: from rows of so many tokens, twice and four times."""
+    square_bytes = (long - 3 * middle + 2 * short) / (6 * num_tokens**2)
+    growth = Growth((middle - short) / num_tokens - 3 * num_tokens * square_bytes, square_bytes)
+    return short - growth.row_bytes(num_tokens), growth
 
 
 def _largest(moments: set[Growth]) -> tuple[Growth, ...]:
@@ -65,19 +79,31 @@ def _largest(moments: set[Growth]) -> tuple[Growth, ...]:
 
 
 def backward_history(model: SpanModel, num_tokens: int) -> list[int]:
-    """Bytes at each moment while one row goes through one block, all that came for it included.
+    """Bytes at each moment while one row goes through one block, all that came for it included."""
 
-    Some of it is padding, since masks take memory too.
-    """
-    block = Span(model.span.start, model.span.start + 1)
+    def there_and_back() -> None:
+        _one_block_trip(model, num_tokens).go_on(num_stages(1, 1))
+
+    return tensor_bytes(there_and_back)
+
+
+def notes_bytes(model: SpanModel, num_tokens: int) -> int:
+    """What a block has of one row between its way there and its way back; what went in and came out is not counted."""
+    with _LiveTensors() as live, torch.inference_mode():
+        trip = _one_block_trip(model, num_tokens)
+        came_bytes = live.live_bytes
+        trip.go_on(1)
+        added_bytes: int = live.live_bytes - came_bytes
+    return added_bytes - num_tokens * model.hidden_size * model.dtype.itemsize
+
+
+def _one_block_trip(model: SpanModel, num_tokens: int) -> RoundTrip:
+    """One row's. Some of it is padding, since masks take memory too."""
     mask = torch.ones(1, num_tokens, dtype=torch.bool)
     mask[:, : num_tokens // 2] = False
-
-    def go_back() -> None:
-        hidden_states, grad_outputs = (torch.zeros(1, num_tokens, model.hidden_size) for _ in range(2))
-        model.run_backward(hidden_states, grad_outputs, attention_mask=mask, blocks=block)
-
-    return tensor_bytes(go_back)
+    states, gradients = (torch.zeros(1, num_tokens, model.hidden_size) for _ in range(2))
+    first = Span(model.span.start, model.span.start + 1)
+    return model.start_backward(states, gradients, attention_mask=mask, blocks=first)
 
 
 def _pass_bytes(model: SpanModel, num_tokens: int) -> int:
@@ -104,7 +130,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.history: list[int] = []
-        self._live_bytes = 0
+        self.live_bytes = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         """By address: those that live, and those that were there before."""
 
@@ -121,7 +147,7 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = function(*arguments, **named)
         for tensor in tree_iter(result):
             self._note(tensor)
-        self.history.append(self._live_bytes)
+        self.history.append(self.live_bytes)
         return result
 
     def _note(self, tensor: object, counted_bytes: int | None = None) -> None:
@@ -134,8 +160,8 @@ class _LiveTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
         num_bytes = storage.nbytes() if counted_bytes is None else counted_bytes
 
         def forget(_: object) -> None:
-            self._live_bytes -= num_bytes
+            self.live_bytes -= num_bytes
             del self._known[address]
 
         self._known[address] = weakref.ref(storage, forget)
-        self._live_bytes += num_bytes
+        self.live_bytes += num_bytes

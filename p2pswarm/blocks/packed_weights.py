@@ -114,6 +114,10 @@ class _Matrix:
             outputs = joint_output.split_with_sizes(self._widths, -1)
             self._states, self._outputs, output = states, list(outputs), outputs[index]
         self._outputs[index] = None
+        if (
+            index == len(self._widths) - 1
+        ):  # the last to ask: as many states as the kernel takes are more than a token's
+            self._states = None
         return output
 
 

@@ -10,6 +10,7 @@ found, `stand_ins.py` for what fills the rest, and `span_backward.py` for how gr
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.packed_weights import pack_weights
 from p2pswarm.blocks.quantization import check_quantizable, load_quantized, rounding_of
-from p2pswarm.blocks.span_backward import Gradients, go_back, run_blocks
+from p2pswarm.blocks.span_backward import Gradients, RoundTrip, Way, run_blocks
 from p2pswarm.blocks.span_block import BlockCall, Passage, SpanBlock
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, empty_outside
 from p2pswarm.blocks.tuned_layers import TunedLayers
@@ -207,7 +208,7 @@ class SpanModel:
             )
         return fit_tuning(tuning, self._blocks, hidden_size=self.hidden_size, device=self.device)
 
-    def run_backward(
+    def start_backward(
         self,
         hidden_states: torch.Tensor,
         grad_outputs: torch.Tensor,
@@ -217,10 +218,13 @@ class SpanModel:
         blocks: Span | None = None,
         adapter: str | None = None,
         tuning: SpanTuning | None = None,
-    ) -> Gradients:
-        """The gradients of `hidden_states` and the tuning, where `grad_outputs` are those of what `run` returns for
-        them without a cache: of the same shape, the other arguments as there. What memory it takes says
-        `span_backward.py`. Only where `can_train`.
+        num_noted: int = 1,
+    ) -> RoundTrip:
+        """Rows at the beginning of their way to the gradients of `hidden_states` and the tuning, where `grad_outputs`
+        are those of what `run` returns for them without a cache: of the same shape, the other arguments as there.
+
+        `num_noted`: how many of the blocks keep what their gradients need, up to all of them; what that takes and gains
+        says `span_backward.py`. Only where `can_train`.
         """
         if grad_outputs.shape != hidden_states.shape:
             raise ValueError(
@@ -237,15 +241,45 @@ class SpanModel:
         arguments = self._arguments(attention_mask, position_ids)
         with torch.inference_mode(False), torch.no_grad():
             calls = self._collect_calls(batch_size, num_tokens, None, wanted, arguments)
-            gradients = go_back(
-                {index: self._blocks[index] for index in range(wanted.start, wanted.end)},
-                tree_map_only(torch.Tensor, _outside_inference, calls),
+            return RoundTrip(
+                Way(
+                    {index: self._blocks[index] for index in range(wanted.start, wanted.end)},
+                    tree_map_only(torch.Tensor, _outside_inference, calls),
+                    tuning,
+                    self._tuned_layers,
+                    partial(self._active_adapter.choose, adapter),
+                ),
                 _outside_inference(hidden_states.to(device=self.device, dtype=self.dtype)),
                 _outside_inference(grad_outputs.to(device=self.device, dtype=self.dtype)),
-                tuning or SpanTuning(wanted),
-                self._tuned_layers,
+                num_noted,
             )
-        return gradients if tuning is not None else Gradients(gradients.inputs, None)
+
+    def run_backward(
+        self,
+        hidden_states: torch.Tensor,
+        grad_outputs: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        blocks: Span | None = None,
+        adapter: str | None = None,
+        tuning: SpanTuning | None = None,
+        num_noted: int = 1,
+    ) -> Gradients:
+        """What comes of `start_backward` when all its stages have been taken."""
+        trip = self.start_backward(
+            hidden_states,
+            grad_outputs,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            blocks=blocks,
+            adapter=adapter,
+            tuning=tuning,
+            num_noted=num_noted,
+        )
+        while not trip.is_done:
+            trip.go_on(1)
+        return trip.gradients
 
     @torch.inference_mode()
     def run_batch(self, steps: Sequence[BatchedStep], adapter: str | None = None) -> list[torch.Tensor]:

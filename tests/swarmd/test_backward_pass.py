@@ -20,6 +20,7 @@ from p2pswarm.wire.tuning import WireTuning
 from swarmd.device_thread import InlineDevice
 from swarmd.handler import Served, SpanService
 from swarmd.scheduling.work import Kind
+from swarmd.training_memory import TripSize
 
 SPAN = Span(2, 6)
 HIDDEN_SIZE = 64
@@ -63,14 +64,14 @@ def close(got: torch.Tensor, expected: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize(
     ("most_tokens", "max_rows", "num_parts"),
-    [(10_000, None, 1), (10_000, 2, 3), (20, None, 3), (3, None, 18), (1, 1, 35)],
+    [(10_000, None, 1), (10_000, 2, 3), (20, None, 4), (3, None, 40), (1, 1, 55)],
 )
 async def test_gradients_are_those_of_the_whole_batch_however_it_is_cut(
     most_tokens: int, max_rows: int | None, num_parts: int, autojump_clock: MockClock, world: World
 ) -> None:
     world.service.dispatcher.costs.tokens_within = lambda kind, time_s: most_tokens  # type: ignore[method-assign]
     if max_rows is not None:
-        world.service._most_rows = lambda request: max_rows  # type: ignore[method-assign]
+        world.service._trip_size = lambda *asked: TripSize(max_rows, 1)  # type: ignore[method-assign]
     states, gradients = torch.randn(2, 5, 8, HIDDEN_SIZE)
     mask = torch.ones(5, 8, dtype=torch.bool)
     mask[3, :2] = False

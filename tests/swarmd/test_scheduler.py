@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from p2pswarm.core.errors import ServerBusy
 from p2pswarm.core.ids import PeerId
-from swarmd.scheduling.costs import MAX_PART_TOKENS, MIN_PART_TOKENS, CostModel
+from swarmd.scheduling.costs import BACKWARD_COST, FIRST_PASS_TOKENS, MAX_PART_TOKENS, MIN_PART_TOKENS, CostModel
 from swarmd.scheduling.fairness import TIME_CONSTANT_S, Service
 from swarmd.scheduling.scheduler import (
     DECODING_S,
@@ -29,9 +29,10 @@ from swarmd.scheduling.work import Kind, Part, Work
 
 STEP_S, ROW_S, TOKEN_S = 0.014, 0.001, 0.0008
 """Ten blocks of SmolLM2 on one thread of an old machine."""
-BACKWARD_TOKEN_S = 3 * TOKEN_S
-NUM_STAGES = 29
-"""Of a backward pass through ten blocks, roughly."""
+STAGE_TOKEN_S = BACKWARD_COST * TOKEN_S
+"""Of a backward pass, for as many stages as there are blocks."""
+NUM_BLOCKS, NUM_STAGES = 10, 25
+"""Half of the blocks keep notes."""
 ALICE, BOB = PeerId("alice"), PeerId("bob")
 
 
@@ -54,7 +55,7 @@ class Machine:
         if part.kind is Kind.DECODE:
             return STEP_S + ROW_S * (part.num_rows - 1)
         if part.kind is Kind.BACKWARD:
-            return BACKWARD_TOKEN_S * part.num_token_passes
+            return STAGE_TOKEN_S * part.num_token_passes
         return STEP_S + TOKEN_S * part.num_rows * part.num_tokens
 
     def run_one(self, until_s: float = math.inf) -> Part | None:
@@ -273,7 +274,8 @@ def test_forward_passes_run_in_whole_rows_or_pieces_of_one_row() -> None:
 
 
 def backward(machine: Machine, peer_id: PeerId = BOB, rows: int = 8, tokens: int = 128, **more: object) -> Work:
-    return machine.add(Kind.BACKWARD, peer_id, rows, tokens, **{"num_stages": NUM_STAGES, **more})
+    stages = {"num_stages": NUM_STAGES, "stage_passes": 1 / NUM_BLOCKS}
+    return machine.add(Kind.BACKWARD, peer_id, rows, tokens, **{**stages, **more})
 
 
 def test_backward_passes_leave_more_than_half_of_the_speed_to_those_who_decode() -> None:
@@ -326,13 +328,27 @@ def test_rows_go_back_together_where_nobody_ever_decoded() -> None:
     assert {part.num_rows for part in machine.run_all()} == {16}
 
 
-def test_what_a_backward_token_costs_is_three_forward_ones_until_it_is_measured() -> None:
+def test_what_a_stage_of_a_backward_pass_costs_is_little_more_than_forward_until_it_is_measured() -> None:
     costs = CostModel(STEP_S, ROW_S, TOKEN_S)
-    assert costs.token_s[Kind.BACKWARD] == pytest.approx(3 * TOKEN_S)
+    assert costs.token_s[Kind.BACKWARD] == pytest.approx(STAGE_TOKEN_S)
     for _ in range(40):
         costs.note_part(Kind.BACKWARD, 7.5, 7.5 * 5 * TOKEN_S)
     assert costs.token_s[Kind.BACKWARD] == pytest.approx(5 * TOKEN_S, rel=0.01)
     assert costs.tokens_within(Kind.BACKWARD, 1.0) == int(1.0 / (5 * TOKEN_S))
+
+
+@pytest.mark.parametrize("num_stages", [29, 20, 2])
+def test_what_a_stage_costs_is_learnt_alike_from_passes_of_many_stages_and_of_few(num_stages: int) -> None:
+    machine = Machine(Scheduler(CostModel()))
+    works = [backward(machine, num_stages=num_stages) for _ in range(4)]
+    assert all(part.kind is Kind.BACKWARD for part in machine.run_all())
+    assert all(work.is_done for work in works)
+    assert machine.scheduler.costs.token_s[Kind.BACKWARD] == pytest.approx(STAGE_TOKEN_S)
+
+
+def test_reading_the_weights_costs_as_much_as_some_tokens() -> None:
+    assert CostModel().pass_tokens == FIRST_PASS_TOKENS
+    assert CostModel(STEP_S, ROW_S, TOKEN_S).pass_tokens == STEP_S / TOKEN_S
 
 
 def test_tokens_of_a_backward_pass_are_counted_once() -> None:

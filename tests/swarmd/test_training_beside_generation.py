@@ -10,20 +10,20 @@ import trio
 from timed_device import TimedDevice
 from trio.testing import MockClock
 
+from p2pswarm.blocks.span_backward import num_stages
 from p2pswarm.core.ids import PeerId
-from p2pswarm.core.span import Span
-from swarmd.rows_back import num_stages
-from swarmd.scheduling.costs import CostModel
+from swarmd.scheduling.costs import BACKWARD_COST, CostModel
 from swarmd.scheduling.dispatcher import Dispatcher, Job
 from swarmd.scheduling.scheduler import LONG_PART_S, Scheduler
 from swarmd.scheduling.work import Kind, Part, Work
 
 STEP_S, ROW_S, TOKEN_S = 0.014, 0.001, 0.0008
 """Ten blocks of SmolLM2 on one thread of an old machine."""
-BACKWARD_TOKEN_S = 3 * TOKEN_S
+STAGE_TOKEN_S = BACKWARD_COST * TOKEN_S
+"""Of a backward pass, for as many stages as there are blocks."""
 NETWORK_S = 0.002
 """From a client to a server and back."""
-NUM_STAGES = num_stages(Span(0, 10))
+NUM_BLOCKS = 10
 ROWS, TOKENS = 8, 128
 
 
@@ -53,7 +53,7 @@ class TimedJob:
             case Kind.DECODE:
                 return STEP_S
             case Kind.BACKWARD:
-                return BACKWARD_TOKEN_S * part.num_token_passes
+                return STAGE_TOKEN_S * part.num_token_passes
             case _:
                 return STEP_S + TOKEN_S * part.num_rows * part.num_tokens
 
@@ -73,7 +73,8 @@ class Server:
             arrived_s=trio.current_time(),
             session=session,
             batch_key="key" if is_decode else None,
-            num_stages=NUM_STAGES if kind is Kind.BACKWARD else 1,
+            num_stages=num_stages(NUM_BLOCKS, num_noted=NUM_BLOCKS) if kind is Kind.BACKWARD else 1,
+            stage_passes=1 / NUM_BLOCKS,
         )
         await trio.sleep(NETWORK_S)
         await self.dispatcher.run(TimedJob(self, work))

@@ -17,9 +17,10 @@ MIN_PART_TOKENS = 16
 backward pass: fewer tokens are some stages of more tokens."""
 MAX_PART_TOKENS = 2048
 """What is computed besides keys and values grows with a part; this bounds it on the fastest machines."""
-BACKWARD_COST = 3.0
-"""Of a token, in forward passes of it, until it is measured: one keeps what each block is given, one is repeated for
-the gradients, which take as long again."""
+BACKWARD_COST = 1.15
+"""Of a token in one block, on its way there with notes or back, in forward passes of it, until it is measured."""
+FIRST_PASS_TOKENS = 16.0
+"""`pass_tokens` until it is measured: that of SmolLM2 in float32 on one core of an EPYC."""
 MIN_TOKEN_SHARE = 0.1
 """Of a part's time that its tokens take at the least, whatever a pass without them is said to take."""
 
@@ -43,6 +44,12 @@ class CostModel:
     def token_s(self) -> Mapping[Kind, float]:
         """Each token of a long part, by its kind."""
         return self._token_s
+
+    @property
+    def pass_tokens(self) -> float:
+        """As many tokens take as long as it takes to read the weights for them."""
+        token_s = self._token_s.get(Kind.FORWARD)
+        return self._step_s / token_s if self._step_s and token_s else FIRST_PASS_TOKENS
 
     def decode_s(self, num_rows: int) -> float:
         """A batch of decode steps."""

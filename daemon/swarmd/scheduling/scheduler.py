@@ -238,15 +238,16 @@ class Scheduler:
 
 
 def _stages(work: Work, max_tokens: int, stage_tokens: int) -> Part:
-    """The next stages of a backward pass: so many that they take no longer than all stages of `max_tokens`.
+    """The next stages of a backward pass: so many that they take no longer than a pass of `max_tokens`.
 
-    Rows that begin are so many that one stage of them takes no longer than all stages of `stage_tokens`.
+    Rows that begin are so many that one stage of them takes no longer than a pass of `stage_tokens`.
     """
     num_rows = work.rows_begun
+    row_tokens = work.num_tokens * work.stage_passes
     if not num_rows:
-        most = stage_tokens * work.num_stages // work.num_tokens
+        most = int(stage_tokens / row_tokens)
         num_rows = _even_part(work.num_rows - work.rows_done, min(most, work.max_rows or most))
-    most_stages = max(1, max_tokens * work.num_stages // (num_rows * work.num_tokens))
+    most_stages = max(1, int(max_tokens / (num_rows * row_tokens)))
     return Part((work,), num_rows, work.num_tokens, min(most_stages, work.num_stages - work.stages_done))
 
 

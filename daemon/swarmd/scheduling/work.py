@@ -41,6 +41,8 @@ class Work:
     """Decode steps with equal keys may run as one batch; None: this one runs alone."""
     num_stages: int = 1
     """Of a backward pass: each takes about as long as the others."""
+    stage_passes: float = 1.0
+    """To how many passes of its rows through all blocks of the server a stage amounts."""
     max_rows: int | None = None
     """Of a backward pass: how many rows may be under way, for which there is memory; None: all of them."""
     rows_done: int = 0
@@ -100,8 +102,8 @@ class Part:
 
     @property
     def num_token_passes(self) -> float:
-        """Over all rows; a third of the stages for three tokens is one."""
-        return self.num_rows * self.num_tokens * self.num_stages / self.works[0].num_stages
+        """Over all rows, through all blocks of the server; one of ten blocks for ten tokens is one."""
+        return self.num_rows * self.num_tokens * self.num_stages * self.works[0].stage_passes
 
     def of(self, works: Sequence[Work]) -> "Part":
         """The same for just these of its works."""

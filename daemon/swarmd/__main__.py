@@ -138,8 +138,14 @@ def _add_node_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", help="IP address to listen on (default: all, IPv4 and IPv6)")
     parser.add_argument("--port", help="TCP port to listen on (default: any free one)")
     parser.add_argument(
-        "--announce", metavar="MULTIADDR", nargs="+", help="addresses for others to dial (default: those listened on)"
+        "--announce", metavar="MULTIADDR", nargs="+", help="addresses for others to dial (default: found out)"
     )
+    parser.add_argument(
+        "--public-ip", metavar="IP", help="where others reach the port listened on (default: found out)"
+    )
+    parser.add_argument("--no-upnp", action="store_true", help="never ask the router to forward a port")
+    parser.add_argument("--no-relay", action="store_true", help="never pass on what others send each other")
+    parser.add_argument("--relay-rate", metavar="SIZE", help="of that, in all, per second (default: 8MiB)")
     parser.add_argument(
         "--identity", metavar="FILE", help="key of this node (default: one that no other node is using)"
     )

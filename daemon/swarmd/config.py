@@ -5,6 +5,7 @@ refused. `swarmd/__main__.py` declares the flags and their help, `docs/reference
 """
 
 import difflib
+import ipaddress
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -41,7 +42,15 @@ class NodeConfig:
     port: int = 0
     """TCP port to listen on; 0: any free one."""
     announce: tuple[str, ...] = ()
-    """Multiaddrs, without a peer id, that others are told to dial; empty: those it listens on."""
+    """Multiaddrs, without a peer id, that others are told to dial; empty: found out by asking them."""
+    public_ip: str | None = None
+    """IP address at which others reach the port that is listened on; None: found out by asking them."""
+    no_upnp: bool = False
+    """Whether the router is never asked to forward a port."""
+    no_relay: bool = False
+    """Whether others are never reached through this node."""
+    relay_rate: int | None = None
+    """Bytes a second that go through this node for others; None: a sensible part of a home line."""
     identity: Path | None = None
     """File of the node's key; None: the first one in the user's data folder that no other node is using."""
     json: bool = False
@@ -56,6 +65,10 @@ class NodeConfig:
         for address in self.announce:
             is_dialable = parse_tcp_address(address).is_dialable
             _check(is_dialable, "announce", "addresses that others can dial (no wildcard, no port 0)", address)
+        if self.public_ip is not None:
+            _check(not self.announce, "public_ip", "not together with --announce, which says more", self.public_ip)
+            _check(_is_ip_address(self.public_ip), "public_ip", "an IP address", self.public_ip)
+        _check(self.relay_rate is None or self.relay_rate > 0, "relay_rate", "bytes a second above 0", self.relay_rate)
         _check(0 <= self.port <= MAX_PORT, "port", f"a TCP port from 0 (any free one) to {MAX_PORT}", self.port)
         _check(self.log_level in LOG_LEVELS, "log_level", f"one of {', '.join(LOG_LEVELS)}", self.log_level)
 
@@ -132,6 +145,13 @@ class ServerConfig(NodeConfig):
 def _check(is_fine: bool, name: str, wanted: str, got: object) -> None:
     if not is_fine:
         raise ConfigError(f"{_key(name)}: wanted {wanted}, got {got!r}")
+
+
+def _is_ip_address(text: str) -> bool:
+    try:
+        return not ipaddress.ip_address(text).is_unspecified
+    except ValueError:
+        return False
 
 
 def _key(name: str) -> str:
@@ -255,6 +275,10 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "host": _text,
     "port": _whole_number,
     "announce": _texts,
+    "public_ip": _text,
+    "no_upnp": _truth,
+    "no_relay": _truth,
+    "relay_rate": _byte_size,
     "identity": _path,
     "json": _truth,
     "stop_with_stdin": _truth,

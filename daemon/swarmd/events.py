@@ -120,6 +120,14 @@ def _weights(fields: Mapping[str, Any]) -> str:
     return f"{fields['work']} {fields['what']}: {share:.0%} of {format_byte_size(fields['total_bytes'])}"
 
 
+def _reachability(fields: Mapping[str, Any]) -> str:
+    verdicts = {
+        "public": "others can dial this node",
+        "private": "others cannot dial this node: looking for nodes that relay for it",
+    }
+    return f"{verdicts.get(fields['state'], 'whether others can dial this node is not known')} ({fields['why']})"
+
+
 def _swarm_lost(fields: Mapping[str, Any]) -> str:
     return "no other node of the swarm answers any more: asking again until one does"
 
@@ -142,6 +150,9 @@ SENTENCES: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
     "warning": lambda fields: f"warning: {fields['message']}",
     "joined": lambda fields: f"joined the swarm: {fields['num_peers']} nodes known",
     "join_failed": lambda fields: f"none of the given peers answers yet: {fields['message']}",
+    "reachability": _reachability,
+    "relay_reserved": lambda fields: f"reached through relay {fields['relay']}",
+    "relay_lost": lambda fields: f"no longer reached through relay {fields['relay']}: {fields['message']}",
     "sized": _sized,
     "measured": _measured,
     "loading": lambda fields: f"loading {fields['model']}: blocks {fields['blocks']}, {fields['dtype']}",

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from pathlib import Path
-from random import Random
+from random import Random, SystemRandom
 from typing import TypeVar
 
 import trio
@@ -22,7 +22,6 @@ from swarmd.config import NodeConfig, ServerConfig, read_config
 from swarmd.dry_run import dry_run
 from swarmd.events import Events, JsonEvents, PlainEvents
 from swarmd.identity_file import held_identity
-from swarmd.listen import listen_addresses
 from swarmd.serve import serve
 from swarmd.stopping import stop_when_told, unless
 from swarmd.throughput import ThroughputSource
@@ -56,14 +55,7 @@ def bootstrap(flags: Mapping[str, object], config_path: Path | None) -> int:
 
 
 async def _bootstrap(config: NodeConfig, identity_path: Path, events: Events, stop: trio.Event) -> None:
-    await run_bootstrap(
-        identity_path=identity_path,
-        listen=listen_addresses(config.host, config.port),
-        announce=config.announce,
-        peers=config.peers,
-        events=events,
-        stop=stop,
-    )
+    await run_bootstrap(config, identity_path, events, stop, clock=SystemClock(), random=SystemRandom())
 
 
 def _run_node(read: Callable[[], Config], kind: str, node: Node[Config]) -> int:

@@ -107,7 +107,8 @@ class Line:
         while not self.is_known:
             servers = dict(await directory.servers(model_id))
             servers.pop(network.peer_id, None)
-            measured = await _measure_all(whom_to_measure(network.addresses, servers.values(), random), network, rpc)
+            own = map(str, network.own_listen_addresses())
+            measured = await _measure_all(whom_to_measure(own, servers.values(), random), network, rpc)
             if not measured:
                 await trio.sleep(LOOK_PERIOD_S * random.uniform(0.9, 1.1))
                 continue

@@ -1,7 +1,8 @@
-"""What the swarm is told of this server, kept true: state, figures, and all of it anew after an outage."""
+"""What the swarm is told of this server, kept true: state, figures, addresses, and all of it anew after an outage."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Protocol
 
 import trio
 
@@ -15,11 +16,23 @@ FIGURES_CHECK_PERIOD_S = 2.0
 SWARM_CHECK_PERIOD_S = 5.0
 
 
+class Reach(Protocol):
+    """`swarmd/reaching.py`: how others reach this node."""
+
+    @property
+    def next_change(self) -> trio.Event: ...
+
+    async def wait_settled(self) -> None: ...
+
+    def stamped(self, info: ServerInfo) -> ServerInfo: ...
+
+
 class Presence:
     """The server's announcement, and who changes it."""
 
-    def __init__(self, announcer: Announcer, info: ServerInfo) -> None:
+    def __init__(self, announcer: Announcer, info: ServerInfo, reach: Reach) -> None:
         self._announcer = announcer
+        self._reach = reach
         self.info = info
         """As last announced."""
 
@@ -28,8 +41,19 @@ class Presence:
         await self.announce(replace(self.info, state=state))
 
     async def announce(self, info: ServerInfo) -> None:
+        """With where we are reached now; not before that is known."""
         self.info = info
-        await self._announcer.announce(info)
+        await self._reach.wait_settled()
+        self.info = self._reach.stamped(self.info)
+        await self._announcer.announce(self.info)
+
+    async def follow_reach(self) -> None:
+        """Announces anew when others reach us in another way than before."""
+        while True:
+            change = self._reach.next_change
+            if self._reach.stamped(self.info) != self.info:
+                await self.announce(self.info)
+            await change.wait()
 
     async def follow_figures(self, figures: Figures) -> None:
         """Corrects the announced figures when they have changed so far that clients would choose differently."""

@@ -1,7 +1,7 @@
 """A server's life: the order in which it starts, what it does meanwhile, and the order in which it stops.
 
-    start   listen -> join the swarm, while torch is imported -> choose blocks -> announce JOINING, while they load
-            -> answer requests -> announce ONLINE -> ready
+    start   listen -> join the swarm and find out how others reach us, while torch is imported -> choose blocks
+            -> announce JOINING, while they load -> answer requests -> announce ONLINE -> ready
     serve   these blocks, and where the swarm needs others more, those (`swarmd/span_life.py`)
     stop    begin nothing new -> announce DRAINING, while what runs finishes -> announce OFFLINE -> leave the network
 
@@ -10,7 +10,6 @@ A stop comes at any moment, also in the middle of a start or a move. Decides not
 """
 
 import importlib
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from p2pswarm.core.clock import Clock
-from p2pswarm.core.errors import NoPeersError, SwarmingError
+from p2pswarm.core.errors import SwarmingError
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
@@ -39,11 +38,13 @@ from swarmd.config import ServerConfig
 from swarmd.device_thread import DeviceThread, open_device_thread
 from swarmd.events import Events
 from swarmd.identity_file import known_peers_path
+from swarmd.joining import join
 from swarmd.line_speed import Line, RememberedLine
 from swarmd.listen import listen_addresses
 from swarmd.lookout import Lookout
 from swarmd.monitor import Monitor
 from swarmd.presence import Presence
+from swarmd.reaching import Reaching
 from swarmd.self_description import joining_info, ready_fields
 from swarmd.served_span import CurrentSpan
 from swarmd.span_life import SpanLife
@@ -83,10 +84,13 @@ async def serve(
             known_peers.unlink(missing_ok=True)  # a new swarm, whatever this default identity was used for before
         dht = DhtNode(network, clock, random, known_peers_path=known_peers)
         await nursery.start(dht.run)
+        reaching = Reaching(config, network, dht, clock, random, events)
+        await nursery.start(reaching.run)
         announcer = Announcer(dht, network, clock, random)
         nursery.start_soon(announcer.run)
         directory = Directory(dht, clock, random)
-        around = Surroundings(network, dht, announcer, directory, RpcClient(network), clock, random, events)
+        around = Surroundings(network, dht, reaching, announcer, directory, RpcClient(network), clock, random, events)
+        nursery.start_soon(join, config.peers, dht, reaching, events)
         try:
             running = await unless(stop, partial(_start, config, around, device, nursery))
             if running is not None:
@@ -118,19 +122,17 @@ class Running:
 
 
 async def _start(config: ServerConfig, around: Surroundings, device: DeviceThread, nursery: trio.Nursery) -> Running:
-    joined = trio.Event()
-    nursery.start_soon(_join, config.peers, around, joined)
     opened = await _open_model(config, around, device)
     num_blocks = await _num_blocks_to_choose(config, device, opened, around.events)
     told = config.blocks or Span(0, opened.num_blocks)
     info = replace(joining_info(config, around.network, opened, told), is_pinned=num_blocks is None)
-    running = _assemble(config, around, device, opened, Presence(around.announcer, info))
+    running = _assemble(config, around, device, opened, Presence(around.announcer, info, around.reach))
     await nursery.start(running.rpc.run)
     async with open_transparent_nursery() as meanwhile:
         if num_blocks is None:
-            meanwhile.start_soon(_announce_joining, running.presence, joined)
+            meanwhile.start_soon(running.presence.become, ServerState.JOINING)
         else:
-            await joined.wait()
+            await around.reach.wait_settled()
             await take_worst_served(num_blocks, running.presence, around.directory)
         await running.life.begin()
     nursery.start_soon(
@@ -162,7 +164,7 @@ def _assemble(
     from swarmd.span_loading import ModelLoader  # at once: the device's thread has imported it
 
     line = Line(
-        RememberedLine(around.network.addresses, around.clock),
+        RememberedLine(map(str, around.network.own_listen_addresses()), around.clock),
         is_measured_anew=config.throughput is ThroughputSource.EVAL,
     )
     current = CurrentSpan(presence, around.dht)
@@ -177,18 +179,6 @@ def _import_engine() -> None:
     """Imports all that stands on torch."""
     importlib.import_module("p2pswarm.blocks.light_imports").import_transformers_lightly()
     importlib.import_module("swarmd.span_loading")
-
-
-async def _join(peers: Sequence[str], around: Surroundings, joined: trio.Event) -> None:
-    """Finds the swarm, or says once that nobody answers: the DHT goes on trying."""
-    try:
-        await around.dht.bootstrap(peers)
-    except NoPeersError as error:
-        around.events("join_failed", message=str(error))
-    else:
-        if around.dht.num_contacts:
-            around.events("joined", num_peers=around.dht.num_contacts)
-    joined.set()
 
 
 async def _num_blocks_to_choose(
@@ -209,11 +199,6 @@ def _balancing(config: ServerConfig, around: Surroundings, presence: Presence) -
     lookout = Lookout(presence.info, around.directory, around.network, around.calls, around.random)
     decide = partial(should_move, balance_quality=config.balance_quality)
     return Balancing(presence, lookout.others, decide, around.random, config.balance_check_period_s)
-
-
-async def _announce_joining(presence: Presence, joined: trio.Event) -> None:
-    await joined.wait()
-    await presence.become(ServerState.JOINING)
 
 
 async def _drain(config: ServerConfig, around: Surroundings, running: Running) -> None:

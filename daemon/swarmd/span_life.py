@@ -102,6 +102,7 @@ class SpanLife:
         """Until cancelled. Raises `ServerFailure` when this server can no longer serve."""
         around = self._around
         async with open_transparent_nursery() as nursery:
+            nursery.start_soon(self._presence.follow_reach)
             nursery.start_soon(self._presence.follow_swarm, lambda: around.dht.num_contacts, around.events)
             while True:
                 await self._move(await self._serve_until_move())

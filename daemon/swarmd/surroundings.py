@@ -10,6 +10,7 @@ from p2pswarm.directory.directory import Directory
 from p2pswarm.net.network import Network
 from p2pswarm.rpc.client import RpcClient
 from swarmd.events import Events
+from swarmd.presence import Reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,7 @@ class Surroundings:
 
     network: Network
     dht: DhtNode
+    reach: Reach
     announcer: Announcer
     directory: Directory
     calls: RpcClient

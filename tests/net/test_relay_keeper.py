@@ -75,7 +75,7 @@ async def test_two_relays_are_kept_and_no_more_asked(autojump_clock):
     async with keeping(relays) as keeper:
         await trio.sleep(3600)
         assert keeper.addresses == ("/by/a", "/by/b")
-        assert (relays.told, relays.asked) == (["+a", "+b"], ["a", "b"])
+        assert (relays.told, sorted(relays.asked)) == (["+a", "+b"], ["a", "b"])
 
 
 async def test_a_relay_that_dies_is_replaced_at_once(autojump_clock):

@@ -11,6 +11,7 @@ from math import inf
 from typing import Any
 
 import trio
+from fixed_reach import FixedReach
 
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.model_servers import ModelFacts, ModelServers
@@ -253,10 +254,13 @@ class MovingSwarm:
             def tell(event: str, **fields: object) -> None:
                 self.events.append(Event(trio.current_time(), number, event, fields))
 
-            around = Surroundings(node, dht, announcer, directory, RpcClient(node), self.clock, self.random, tell)
+            reach = FixedReach()
+            around = Surroundings(
+                node, dht, reach, announcer, directory, RpcClient(node), self.clock, self.random, tell
+            )
             info = arithmetic_server_info(node.peer_id, Span(0, num_blocks), num_model_blocks=self.num_blocks)
             info = replace(info, state=ServerState.JOINING, addresses=node.addresses, throughput_tokens_per_s=0.0)
-            presence = Presence(announcer, info)
+            presence = Presence(announcer, info, reach)
             current = CurrentSpan(presence, dht)
             rpc = RpcServer(node, current)
             await nursery.start(rpc.run)

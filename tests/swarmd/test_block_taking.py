@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 import trio
+from fixed_reach import FixedReach
 from trio.testing import MockClock
 
 from p2pswarm.core.nursery import open_transparent_nursery
@@ -56,7 +57,7 @@ async def test_no_block_is_left_over(num_servers: int, num_blocks: int, seed: in
             dht = DhtNode(node, clock, random)
             await nursery.start(dht.run)
             await dht.bootstrap(nodes[0].addresses if node is not nodes[0] else ())
-            presences.append(Presence(Announcer(dht, node, clock, random), unmeasured(node)))
+            presences.append(Presence(Announcer(dht, node, clock, random), unmeasured(node), FixedReach()))
             directories.append(Directory(dht, clock, random))
 
         async def take(presence: Presence, directory: Directory) -> None:

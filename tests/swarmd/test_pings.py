@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 import trio
+from fixed_reach import FixedReach
 from trio.testing import MockClock
 
 from p2pswarm.core.ids import PeerId
@@ -95,7 +96,7 @@ async def open_servers() -> AsyncIterator[World]:
             )
             announcer = Announcer(dht, node, clock, Random(number))
             nursery.start_soon(announcer.run)
-            presence = Presence(announcer, info)
+            presence = Presence(announcer, info, FixedReach())
             world.presences.append(presence)
             pings = Pings(info, node, RpcClient(node), Random(number))
             await nursery.start(RpcServer(node, InfoOnly(info)).run)

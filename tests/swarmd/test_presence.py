@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import trio
+from fixed_reach import FixedReach
 from trio.testing import MockClock
 
 from p2pswarm.core.ids import ModelId, PeerId
@@ -68,7 +69,7 @@ def make_presence() -> tuple[NotingAnnouncer, Presence]:
         cache_tokens_left=1000,
     )
     announcer = NotingAnnouncer()
-    return announcer, Presence(announcer, info)
+    return announcer, Presence(announcer, info, FixedReach())
 
 
 async def test_a_change_of_state_is_announced_and_remembered() -> None:

@@ -14,8 +14,9 @@ follows from the reports is for `net/nat/reachability.py`.
 import contextlib
 import json
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from random import Random
 
 import trio
 
@@ -98,6 +99,19 @@ class Probing:
         if len(self._asked_at_s) > MAX_REMEMBERED_ASKERS:
             self._asked_at_s.popitem(last=False)
         return is_allowed
+
+
+def whom_to_ask(hosts: Mapping[PeerId, str], random: Random) -> list[PeerId]:
+    """The peers in the order in which to ask them, given the machine of each: one on every machine first, since those
+    beside us see no router that others would have to get through. Pure."""
+    peers = list(hosts)
+    random.shuffle(peers)
+    num_before: Counter[str] = Counter()
+    turns: dict[PeerId, int] = {}
+    for peer_id in peers:
+        turns[peer_id] = num_before[hosts[peer_id]]
+        num_before[hosts[peer_id]] += 1
+    return sorted(peers, key=turns.__getitem__)
 
 
 async def ask_peers(network: Network, peers: Iterable[PeerId], ports: Sequence[int]) -> list[ProbeReport]:

@@ -35,7 +35,7 @@ class RelayKeeper:
         on_reserved: Callable[[PeerId], None],
         on_lost: Callable[[PeerId, str], None],
     ) -> None:
-        """`reserve` is the host's. `on_lost` gets the reason too. Both are called when `addresses` has changed."""
+        """`on_lost` gets the reason too. Both are called when `addresses` has changed."""
         self._network = network
         self._find_candidates = find_candidates
         self._on_reserved = on_reserved

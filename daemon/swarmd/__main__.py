@@ -134,7 +134,13 @@ def _add_bootstrap(commands: "argparse._SubParsersAction[argparse.ArgumentParser
 
 
 def _add_node_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--peers", metavar="MULTIADDR", nargs="+", help="nodes of the swarm to join")
+    parser.add_argument(
+        "--peers", metavar="MULTIADDR", nargs="+", help="nodes of the swarm to join, or an invitation to a private one"
+    )
+    parser.add_argument("--swarm-key", metavar="FILE", help="key of a private swarm (`swarm keygen`): no others get in")
+    parser.add_argument(
+        "--members", metavar="FILE", help="who is in it (`swarm members`; default: whoever has the key)"
+    )
     parser.add_argument("--host", help="IP address to listen on (default: all, IPv4 and IPv6)")
     parser.add_argument("--port", help="TCP port to listen on (default: any free one)")
     parser.add_argument(

@@ -16,6 +16,7 @@ from swarmd.events import Events
 from swarmd.identity_file import known_peers_path
 from swarmd.joining import join
 from swarmd.listen import listen_addresses
+from swarmd.private_swarm import private_swarm_of
 from swarmd.reaching import Reaching
 
 
@@ -29,17 +30,20 @@ async def run_bootstrap(
     """
     events("starting", version=version("p2pswarm"))
     identity = Identity.load_or_create(identity_path)
+    private = private_swarm_of(config, identity_path)
     listen = listen_addresses(config.host, config.port)
     async with (
-        open_network(identity, listen=listen, announce=config.announce) as network,
+        open_network(identity, listen=listen, announce=config.announce, private=private) as network,
         open_transparent_nursery() as nursery,
     ):
-        dht = DhtNode(network, clock, random, known_peers_path=known_peers_path(identity_path))
+        dht = DhtNode(network, clock, random, known_peers_path=known_peers_path(identity_path, private))
         await nursery.start(dht.run)
         reaching = Reaching(config, network, dht, clock, random, events)
         await nursery.start(reaching.run)
         events("ready", peer_id=network.peer_id, addresses=list(network.addresses))
-        nursery.start_soon(join, config.peers, dht, reaching, events)
+        nursery.start_soon(join, config.peer_addresses, dht, reaching, events)
+        if private is not None:
+            nursery.start_soon(private.members.raise_when_removed, network.peer_id)
         await stop.wait()
         nursery.cancel_scope.cancel()
     events("stopped")

@@ -18,6 +18,7 @@ from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
 from p2pswarm.net.addresses import parse_tcp_address, split_peer_address
+from p2pswarm.net.private.invitation import accept_invitations
 from swarmd.http_address import HttpAddress
 from swarmd.kv_size import KVSize, parse_kv_size
 from swarmd.throughput import ThroughputSetting, ThroughputSource, parse_throughput
@@ -36,7 +37,7 @@ class NodeConfig:
     """What every node needs: where to listen, who it is, whom to ask."""
 
     peers: tuple[str, ...] = ()
-    """Multiaddrs of nodes of the swarm to join; empty starts a new swarm."""
+    """Nodes of the swarm to join, as multiaddrs or invitations; empty starts a new swarm."""
     host: str | None = None
     """IP address to listen on; None: every interface, IPv4 and IPv6."""
     port: int = 0
@@ -53,6 +54,10 @@ class NodeConfig:
     """Bytes a second that go through this node for others; None: a sensible part of a home line."""
     identity: Path | None = None
     """File of the node's key; None: the first one in the user's data folder that no other node is using."""
+    swarm_key: Path | None = None
+    """File of the key of a private swarm; None: the public one, or that of an invitation."""
+    members: Path | None = None
+    """File of the private swarm's members, signed by its owner; None: what other nodes say."""
     json: bool = False
     """Whether lifecycle events go to stdout as JSON, one a line."""
     stop_with_stdin: bool = False
@@ -60,7 +65,7 @@ class NodeConfig:
     log_level: str = "warning"
 
     def __post_init__(self) -> None:
-        for address in self.peers:
+        for address in self.peer_addresses:
             split_peer_address(address)
         for address in self.announce:
             is_dialable = parse_tcp_address(address).is_dialable
@@ -71,6 +76,11 @@ class NodeConfig:
         _check(self.relay_rate is None or self.relay_rate > 0, "relay_rate", "bytes a second above 0", self.relay_rate)
         _check(0 <= self.port <= MAX_PORT, "port", f"a TCP port from 0 (any free one) to {MAX_PORT}", self.port)
         _check(self.log_level in LOG_LEVELS, "log_level", f"one of {', '.join(LOG_LEVELS)}", self.log_level)
+
+    @property
+    def peer_addresses(self) -> tuple[str, ...]:
+        """The multiaddrs among the peers, those in invitations included."""
+        return accept_invitations(self.peers, None)[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -280,6 +290,8 @@ READERS: Mapping[str, Callable[[str, object], Any]] = {
     "no_relay": _truth,
     "relay_rate": _byte_size,
     "identity": _path,
+    "swarm_key": _path,
+    "members": _path,
     "json": _truth,
     "stop_with_stdin": _truth,
     "log_level": _text,

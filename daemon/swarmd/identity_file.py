@@ -13,6 +13,7 @@ import platformdirs
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.net.identity import Identity
+from p2pswarm.net.private.private_swarm import PrivateSwarm
 
 MAX_NODES_PER_USER = 1000
 """Of one kind, running at once on one machine with default identities."""
@@ -48,9 +49,10 @@ def default_paths(kind: str) -> list[Path]:
     return [folder / f"{kind}-{index}.key" for index in range(MAX_NODES_PER_USER)]
 
 
-def known_peers_path(identity_path: Path) -> Path:
-    """Where the node of this identity remembers other nodes."""
-    return identity_path.with_suffix(".peers.json")
+def known_peers_path(identity_path: Path, private: PrivateSwarm | None = None) -> Path:
+    """Where the node of this identity remembers other nodes, apart for each private swarm."""
+    swarm = "" if private is None else f".{private.key.swarm_id}"
+    return identity_path.with_suffix(f"{swarm}.peers.json")
 
 
 def _lock(descriptor: int) -> bool:

@@ -44,6 +44,7 @@ from swarmd.listen import listen_addresses
 from swarmd.lookout import Lookout
 from swarmd.monitor import Monitor
 from swarmd.presence import Presence
+from swarmd.private_swarm import private_swarm_of
 from swarmd.reaching import Reaching
 from swarmd.self_description import joining_info, ready_fields
 from swarmd.served_span import CurrentSpan
@@ -73,13 +74,14 @@ async def serve(
     """Serves blocks of a model until `stop` is set, then stops in order. Raises `SwarmingError`: it cannot start."""
     events("starting", model=config.model, version=version("p2pswarm"))
     identity = Identity.load_or_create(identity_path)
+    private = private_swarm_of(config, identity_path)
     listen = listen_addresses(config.host, config.port)
     async with (
-        open_network(identity, listen=listen, announce=config.announce) as network,
+        open_network(identity, listen=listen, announce=config.announce, private=private) as network,
         open_device_thread() as device,
         open_transparent_nursery() as nursery,
     ):
-        known_peers = known_peers_path(identity_path)
+        known_peers = known_peers_path(identity_path, private)
         if not config.peers and config.identity is None:
             known_peers.unlink(missing_ok=True)  # a new swarm, whatever this default identity was used for before
         dht = DhtNode(network, clock, random, known_peers_path=known_peers)
@@ -90,7 +92,9 @@ async def serve(
         nursery.start_soon(announcer.run)
         directory = Directory(dht, clock, random)
         around = Surroundings(network, dht, reaching, announcer, directory, RpcClient(network), clock, random, events)
-        nursery.start_soon(join, config.peers, dht, reaching, events)
+        nursery.start_soon(join, config.peer_addresses, dht, reaching, events)
+        if private is not None:
+            nursery.start_soon(private.members.raise_when_removed, network.peer_id)
         try:
             running = await unless(stop, partial(_start, config, around, device, nursery))
             if running is not None:

@@ -5,7 +5,8 @@
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from random import Random, SystemRandom
 
 import trio
@@ -20,6 +21,9 @@ from p2pswarm.directory.directory import Directory
 from p2pswarm.net.host import open_network
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Network
+from p2pswarm.net.private.invitation import accept_invitations
+from p2pswarm.net.private.private_swarm import PrivateSwarm
+from p2pswarm.net.private.swarm_key import SwarmKey
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +40,39 @@ class Membership:
 
 @asynccontextmanager
 async def join_swarm(
-    peers: Sequence[str] = (), *, identity: Identity | None = None, config: ClientConfig | None = None
+    peers: Sequence[str] = (),
+    *,
+    identity: Identity | None = None,
+    config: ClientConfig | None = None,
+    swarm_key: SwarmKey | None = None,
 ) -> AsyncIterator[Membership]:
-    """Joins the swarm that the nodes at `peers` (multiaddrs) belong to, or those remembered from last time.
+    """Joins the swarm that the nodes at `peers` belong to, or those remembered from last time.
 
-    Raises `NoPeersError` when none of them answers, `ConfigError` for a malformed address. `identity`: by default a new
-    one each time.
+    `peers` are multiaddrs, or invitations to a private swarm, which hold its key; else `swarm_key` is the way into one.
+    `identity`: by default a new one each time, which a swarm with a list of members does not let in. Raises
+    `NoPeersError` when nobody answers or lets us in, with the reason; `ConfigError` for a malformed address.
     """
+    addresses, key = accept_invitations(peers, swarm_key)
+    config = config or ClientConfig()
+    private = None
+    if key is not None:
+        config = replace(config, known_peers_path=_of_swarm(key, config.known_peers_path))
+        private = PrivateSwarm.of(key, kept=_kept_members(config.known_peers_path))
     with single_error():
         async with (
-            open_network(identity or Identity.generate()) as network,
-            join_over(network, peers, config or ClientConfig(), SystemClock(), SystemRandom()) as membership,
+            open_network(identity or Identity.generate(), private=private) as network,
+            join_over(network, addresses, config, SystemClock(), SystemRandom()) as membership,
         ):
             yield membership
+
+
+def _of_swarm(key: SwarmKey, known_peers_path: Path | None) -> Path | None:
+    """A file for each private swarm: its peers are nobody else's business."""
+    return None if known_peers_path is None else known_peers_path.with_stem(f"{known_peers_path.stem}-{key.swarm_id}")
+
+
+def _kept_members(known_peers_path: Path | None) -> Path | None:
+    return None if known_peers_path is None else known_peers_path.with_suffix(".members")
 
 
 @asynccontextmanager

@@ -36,6 +36,7 @@ from p2pswarm.directory.directory import Directory
 from p2pswarm.directory.view import ModelView
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Network
+from p2pswarm.net.private.swarm_key import SwarmKey
 from p2pswarm.routing.bans import BanList
 from p2pswarm.routing.dstar_planner import DStarLitePlanner
 from p2pswarm.routing.planner import ServerFilter
@@ -157,14 +158,14 @@ def _usual_dtype(servers: ModelServers) -> torch.dtype:
 
 @asynccontextmanager
 async def open_swarm(
-    peers: Sequence[str] = (), *, identity: Identity | None = None, config: ClientConfig | None = None
+    peers: Sequence[str] = (),
+    *,
+    identity: Identity | None = None,
+    config: ClientConfig | None = None,
+    swarm_key: SwarmKey | None = None,
 ) -> AsyncIterator[Swarm]:
-    """The swarm that the nodes at `peers` (multiaddrs) belong to, or those remembered from last time.
-
-    Raises `NoPeersError` when none of them answers, `ConfigError` for a malformed address. `identity`: by default a new
-    one each time.
-    """
-    async with join_swarm(peers, identity=identity, config=config) as membership:
+    """The swarm that the nodes at `peers` belong to, or those remembered from last time, joined as by `join_swarm`."""
+    async with join_swarm(peers, identity=identity, config=config, swarm_key=swarm_key) as membership:
         swarm = Swarm(membership)
         try:
             yield swarm

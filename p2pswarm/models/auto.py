@@ -19,6 +19,7 @@ from p2pswarm.models.distributed_causal_lm import distributed
 from p2pswarm.models.distributed_shell import Connection
 from p2pswarm.models.tuning.options import TuningMode, TuningOptions
 from p2pswarm.net.identity import Identity
+from p2pswarm.net.private.swarm_key import SwarmKey
 
 
 class AutoDistributedModel:
@@ -42,6 +43,7 @@ class AutoDistributedModel:
         identity: Identity | None = None,
         active_adapter: str | Path | None = None,
         config: ClientConfig | None = None,
+        swarm_key: Path | str | None = None,
         tuning_mode: TuningMode | None = None,
         pre_seq_len: int = 16,
         lora_rank: int = 8,
@@ -54,8 +56,9 @@ class AutoDistributedModel:
 
         `model` is a folder, a hub id or a `.gguf` file; only what is not in blocks is read. `dtype` is that of the part
         that runs here, by default what the servers compute in. `active_adapter` names a LoRA adapter that servers have,
-        or a folder here with what was tuned; it goes before the config's. In addition to what transformers gives it,
-        the model has `inference_session(max_length=...)`, `tokenizer`, `close()`, and is a context manager.
+        or a folder here with what was tuned; it goes before the config's. `swarm_key` is the file of a private swarm's
+        key; an invitation among the peers does as well. In addition to what transformers gives it, the model has
+        `inference_session(max_length=...)`, `tokenizer`, `close()`, and is a context manager.
 
         `tuning_mode` begins to train something small beside the frozen model, its start drawn with `seed`: `ptune`, the
         embeddings of `pre_seq_len` virtual tokens in front of each text; `deep_ptune`, in addition what is added to
@@ -76,9 +79,10 @@ class AutoDistributedModel:
                 f"to train the adapter in {config.active_adapter} further, leave out active_adapter, and call "
                 "load_tuning with the folder"
             )
+        key = None if swarm_key is None else SwarmKey.load(Path(swarm_key))
         portal = Portal()
         try:
-            swarm = portal.enter(open_swarm(peers, identity=identity, config=config)).value
+            swarm = portal.enter(open_swarm(peers, identity=identity, config=config, swarm_key=key)).value
 
             async def load() -> DistributedModel:
                 return await swarm.load(

@@ -115,3 +115,18 @@ async def test_who_waits_is_woken_by_a_newer_list(autojump_clock: trio.testing.M
 def write(path: Path, text: bytes, changed_s: int) -> None:
     path.write_bytes(text)
     os.utime(path, (changed_s, changed_s))
+
+
+async def test_node_notices_that_it_was_removed(autojump_clock: trio.testing.MockClock) -> None:
+    members = Members(OWNER.peer_id)
+    members.take(MemberList.sign(OWNER, 1, [SECOND]))  # without it already: the list from before it was added
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def notice() -> None:
+            with pytest.raises(NotAMember):
+                await members.raise_when_removed(FIRST)
+
+        for version, listed in ((2, [FIRST, SECOND]), (3, [SECOND])):
+            await trio.testing.wait_all_tasks_blocked()
+            members.take(MemberList.sign(OWNER, version, listed))

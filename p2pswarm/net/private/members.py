@@ -81,6 +81,12 @@ class Members:
         while self.version <= version:
             await self._has_changed.wait()
 
+    async def raise_when_removed(self, peer_id: PeerId) -> None:
+        """Raises `NotAMember` as soon as a newer list than today's comes without the peer, this node."""
+        while True:
+            await self.wait_newer_than(self.version)
+            self.check_own(peer_id)
+
     def _take_given(self, given: MemberList) -> None:
         try:
             self.take(given)

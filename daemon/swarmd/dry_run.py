@@ -2,7 +2,6 @@
 
 from dataclasses import asdict
 
-from p2pswarm.blocks.light_imports import import_transformers_lightly
 from p2pswarm.core.span import Span
 from swarmd.config import ServerConfig
 from swarmd.events import Events
@@ -11,6 +10,8 @@ from swarmd.throughput import ASSUMED_LINE_BITS_PER_S
 
 def dry_run(config: ServerConfig, events: Events) -> None:
     """On a thread that may be kept busy. Raises `SwarmingError` as a start does."""
+    from p2pswarm.blocks.light_imports import import_transformers_lightly  # imports torch: not for all that start
+
     import_transformers_lightly()
     import torch
 

@@ -5,10 +5,15 @@ INSTALLED := .venv/installed
 # libp2p brings trio-typing, whose outdated stub folders would hide trio's own types from mypy.
 STALE_STUBS := trio-stubs outcome-stubs async_generator-stubs
 
-# On each of two processors, a process with one thread of torch.
-SHARED := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+# The tests of an expression of marks, of those that any machine can run: two at a time, each with one thread of torch,
+# then those that have to be alone.
+NO_TESTS := 5
+define run_tests
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "$(1) and not alone and not gpu and not hub"
+	$(BIN)/pytest tests/real -m "$(1) and alone and not gpu and not hub" || test $$? = $(NO_TESTS)
+endef
 
-.PHONY: setup fix check test test-slow test-all demo sim wheel
+.PHONY: setup fix check test test-slow test-ci test-all demo sim wheel
 
 setup: $(INSTALLED)
 
@@ -31,16 +36,17 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The tests that matter every time: logic, and exact text from real server processes over loopback. Those without
-# sockets and processes share the processors; the others have them for themselves.
+# The tests that matter every time: logic, and exact text from real server processes over loopback.
 test: setup
-	$(SHARED) -m "not slow and not real and not gpu and not hub"
-	$(BIN)/pytest -m "real and not slow and not gpu and not hub"
+	$(call run_tests,not slow)
 
-# What takes minutes: large simulations, swarms of thirty nodes, long stalls.
+# What takes minutes: large simulations, real models, long stalls.
 test-slow: setup
-	$(SHARED) -m "slow and not real and not exhaustive and not gpu and not hub"
-	$(BIN)/pytest -m "slow and real and not exhaustive and not gpu and not hub"
+	$(call run_tests,slow and not exhaustive)
+
+# Both, collected once.
+test-ci: setup
+	$(call run_tests,not exhaustive)
 
 # With the exhaustive ones, half an hour: thousands of random histories, chaos by the hour, real delays.
 test-all: setup

@@ -333,6 +333,7 @@ def test_people_read_a_few_lines(tmp_path: Path, start: Callable[..., list[str]]
     assert lines[6].startswith("  others join with: swarmd start ")
 
 
+@pytest.mark.alone
 def test_help_is_quick() -> None:
     took_s = []
     for _ in range(5):

@@ -1,7 +1,6 @@
 """Adapters from the command line to the tokens: two `swarmd` processes, one of which has one, and `swarm`."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_adapters import save_adapter, with_adapter
+from tiny_servers import run_swarm
 
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.checkpoint.local_model import load_local_model
@@ -20,7 +20,6 @@ from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint, save_tiny_to
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 PROMPT, PROMPT_IDS = "w5 w17 w99", [5, 17, 99]
-TIMEOUT_S = 120
 
 
 @contextmanager
@@ -49,17 +48,7 @@ def test_a_client_picks_an_adapter_and_gets_pefts_tokens(tmp_path: Path) -> None
         return list(output[0, len(PROMPT_IDS) :].tolist())
 
     def swarm(command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-        words = [sys.executable, "-m", "swarm_cli", command, *arguments, "--json", "--peers", *ready["addresses"]]
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
-        return subprocess.run(
-            words,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
+        return run_swarm(command, *arguments, "--json", "--peers", *ready["addresses"], home=tmp_path / "cache")
 
     def generated(*more: str) -> dict[str, Any]:
         done = swarm("generate", str(model), PROMPT, "--max-new-tokens", "8", "--temperature", "0", *more)

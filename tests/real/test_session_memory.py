@@ -80,7 +80,7 @@ class Users:
                 nursery.start_soon(work)
 
     async def _use_one(self) -> None:
-        prompt, more = self._random.randint(1, 100), self._random.randint(0, 10)
+        prompt, more = self._random.randint(1, 100), self._random.randint(0, 5)
         sent = torch.randn(1, prompt + more, 64)
         abandons = self._random.random() < 0.2
         while True:

@@ -7,7 +7,7 @@ import contextlib
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -18,6 +18,7 @@ from p2pswarm.client.recovery import HopFailure, Recovery, ban_reason
 from p2pswarm.client.step_times import StepTimes
 from p2pswarm.core.errors import (
     AdapterNotFound,
+    DeadlineExceeded,
     MissingBlocksError,
     NetworkError,
     RemoteError,
@@ -152,14 +153,31 @@ class ModelServers:
         return route
 
     def _plan_now(self, plan: Callable[[float], Route]) -> Route:
-        self._planner.update(self._view.servers.values(), self.round_trips_s())
+        self._planner.update(map(self._as_reached, self._view.servers.values()), self.round_trips_s())
         return plan(trio.current_time())
 
-    def report_failure(self, error: HopFailure) -> None:
+    def _as_reached(self, server: ServerInfo) -> ServerInfo:
+        """The server, as routes from here count it: one that this client has a direct connection to, in whatever way
+        it came about, is not behind a relay."""
+        path = self._network.path(server.peer_id) if server.using_relay else None
+        return replace(server, using_relay=False) if path is not None and path.is_direct else server
+
+    async def report_failure(self, error: HopFailure, recovery: Recovery) -> None:
         """Keeps the server that the error names out of new routes for a while, if it is to blame."""
-        reason = ban_reason(error)
-        if error.peer_id is not None and reason is not None:
-            self._planner.ban(error.peer_id, trio.current_time(), reason)
+        peer_id, reason = error.peer_id, ban_reason(error)
+        if peer_id is None or reason is None:
+            return
+        if reason is BanReason.UNREACHABLE and self._has_relays(peer_id) and recovery.gives_another_path(peer_id):
+            path = self._network.path(peer_id)
+            if isinstance(error, DeadlineExceeded) and path is not None and not path.is_direct:
+                await self._network.disconnect(peer_id)  # else the next stream would be opened over the same relay
+            return
+        self._planner.ban(peer_id, trio.current_time(), reason)
+
+    def _has_relays(self, peer_id: PeerId) -> bool:
+        """Whether others reach the server through relays, as it announces."""
+        server = self._view.servers.get(peer_id)
+        return server is not None and server.using_relay
 
     @property
     def banned(self) -> Mapping[PeerId, Ban]:

@@ -1,7 +1,8 @@
 """How long to go on trying after failures: pure, with the time handed in.
 
-A failure of one server is answered at once by another one; it counts, so that `max_retries` bounds it. Blocks that
-nobody can serve at the moment are waited for, longer each time. All of it ends at the deadline, which starts with the
+A failure of one server is answered at once by another one; it counts, so that `max_retries` bounds it. A server behind
+a relay may have lost its relay only, and is tried once more by whatever other way there is to it. Blocks that nobody
+can serve at the moment are waited for, longer each time. All of it ends at the deadline, which starts with the
 first failure.
 """
 
@@ -53,6 +54,7 @@ class Recovery:
         self.num_waits = 0
         self._failed: set[PeerId] = set()
         self._had_another_chance: set[PeerId] = set()
+        self._had_another_path: set[PeerId] = set()
 
     @property
     def open_timeout_s(self) -> float:
@@ -104,6 +106,13 @@ class Recovery:
         if self.num_waits < LAST_RESORT_WAITS or peer_id in self._had_another_chance:
             return False
         self._had_another_chance.add(peer_id)
+        return True
+
+    def gives_another_path(self, peer_id: PeerId) -> bool:
+        """Whether to try a server once more that was lost while relays led to it."""
+        if peer_id in self._had_another_path:
+            return False
+        self._had_another_path.add(peer_id)
         return True
 
     def _start(self, now_s: float) -> None:

@@ -229,7 +229,7 @@ class Session:
                 failures = [failed]
             except MissingBlocksError as error:
                 await self._wait_for_blocks(error, recovery, running)
-            self._note_failures(failures, recovery)
+            await self._note_failures(failures, recovery)
         route_before, running.route = running.route, Route(chain.hops)
         if recovery.num_failures and route_before is not None:
             self.num_recoveries += 1
@@ -243,10 +243,10 @@ class Session:
             )
         return output
 
-    def _note_failures(self, failures: Sequence[HopFailed], recovery: Recovery) -> None:
+    async def _note_failures(self, failures: Sequence[HopFailed], recovery: Recovery) -> None:
         self._check_open()
         for failed in failures:
-            self._servers.report_failure(failed.error)
+            await self._servers.report_failure(failed.error, recovery)
         for failed in failures:
             recovery.after_failure(failed.error, failed.hop.span, trio.current_time())
 

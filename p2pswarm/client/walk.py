@@ -96,7 +96,7 @@ class Walker:
                 try:
                     gradients, part = await self._calls.backward(leg.hop, leg.inputs, gradients, terms)
                 except HOP_FAILURES as error:
-                    self._note(error, span, recovery)
+                    await self._note(error, span, recovery)
                 else:
                     parts += [] if part is None else [(span, part)]
                     recovery = Recovery(self._config)
@@ -126,7 +126,7 @@ class Walker:
                     if to_the_end:  # else it is not known yet whether the failure has been made up for
                         recovery = Recovery(self._config)
             except HOP_FAILURES as error:
-                self._note(error, tried, recovery)
+                await self._note(error, tried, recovery)
             except MissingBlocksError as error:
                 await self._wait_for_blocks(error, terms, recovery)
         return states, legs
@@ -141,8 +141,8 @@ class Walker:
         )
         return await self._servers.route(request)
 
-    def _note(self, error: HopFailure, blocks: Span, recovery: Recovery) -> None:
-        self._servers.report_failure(error)
+    async def _note(self, error: HopFailure, blocks: Span, recovery: Recovery) -> None:
+        await self._servers.report_failure(error, recovery)
         recovery.after_failure(error, blocks, trio.current_time())
 
     async def _wait_for_blocks(self, error: MissingBlocksError, terms: CallTerms, recovery: Recovery) -> None:

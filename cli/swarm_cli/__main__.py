@@ -20,7 +20,11 @@ MODEL_COMMANDS = frozenset({"generate", "finetune", "demo", "bench"})
 """Those that hold the client's part of a model."""
 
 WHAT_NEXT: tuple[tuple[type[SwarmingError], str], ...] = (
-    (NoPeersError, "give the address of a live node with --peers, or start a swarm: swarmd start MODEL"),
+    (
+        NoPeersError,
+        "give the address of a live node with --peers (of a private swarm, with --swarm-key too), "
+        "or start a swarm: swarmd start MODEL",
+    ),
     (
         ModelNotFound,
         "start a server for it: swarmd start MODEL --peers ...; see what there is: swarm status --peers ...",

@@ -35,6 +35,7 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
         "prompt", metavar="PROMPT", nargs="?", help="the text to go on from; default: read from stdin, or talk (--chat)"
     )
     _add_peers(command)
+    _add_identity(command)
     command.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="default: %(default)s")
     sampling = command.add_argument_group(
         "sampling", "Without these, the model's own recommended settings are used; greedy where it has none."
@@ -67,6 +68,7 @@ def _generate_flags(command: argparse.ArgumentParser) -> None:
 def _status_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", nargs="?", help="its name or id; default: every model of the swarm")
     _add_peers(command)
+    _add_identity(command)
     command.add_argument(
         "--details",
         action="store_true",
@@ -78,6 +80,7 @@ def _status_flags(command: argparse.ArgumentParser) -> None:
 def _route_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL", help="its name or id")
     _add_peers(command)
+    _add_identity(command)
     command.add_argument(
         "--max-length", type=_positive, metavar="TOKENS", help="of the session that the route is for; default: any"
     )
@@ -113,6 +116,7 @@ def _finetune_flags(command: argparse.ArgumentParser) -> None:
         "--output", type=Path, required=True, metavar="DIR", help="for the adapter and what is needed to go on"
     )
     _add_peers(command)
+    _add_identity(command)
     command.add_argument("--resume", action="store_true", help="go on where the training in DIR stopped")
     command.add_argument("--json", action="store_true", help="print one JSON object at the end")
     held_out = command.add_argument_group("rows held out", "Their loss is measured before, between and at the end.")
@@ -200,12 +204,40 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
     )
 
 
+def _keygen_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("file", metavar="FILE", type=Path, help="for the key; its owner's goes to FILE.owner")
+
+
+def _invite_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--swarm-key", type=Path, required=True, metavar="FILE", help="of the private swarm")
+    command.add_argument(
+        "--peers", nargs="+", required=True, metavar="MULTIADDR", help="nodes that stay up, for newcomers to dial"
+    )
+
+
+def _members_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("change", choices=("list", "add", "remove"), help="what to do with the list")
+    command.add_argument("peer_ids", metavar="PEER_ID", nargs="*", help="of servers and of users (`swarm id`)")
+    command.add_argument(
+        "--swarm-key", type=Path, required=True, metavar="FILE", help="of the swarm; its owner's is in FILE.owner"
+    )
+    command.add_argument("--members", type=Path, metavar="FILE", help="the list; default: the key's name and .members")
+
+
+def _id_flags(command: argparse.ArgumentParser) -> None:
+    _add_identity(command)
+
+
 COMMANDS = {
     "generate": ("write text with a model of the swarm", _generate_flags),
     "status": ("show models, servers, and blocks that nobody serves", _status_flags),
     "route": ("show the chain of servers that would be chosen now, and why", _route_flags),
     "demo": ("start servers on this machine, write some text with them, stop them", _demo_flags),
     "finetune": ("tune a model of the swarm on your own rows; servers stay as they are", _finetune_flags),
+    "keygen": ("make the key of a new private swarm, and that of its owner", _keygen_flags),
+    "invite": ("print an invitation to a private swarm: addresses and key in one string", _invite_flags),
+    "members": ("say, as its owner, who may be in a private swarm", _members_flags),
+    "id": ("print your own peer id, for the owner of a private swarm", _id_flags),
     "bench": ("measure a swarm beside what it is held against, in the same run", _bench_flags),
 }
 
@@ -217,7 +249,18 @@ def _add_peers(command: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="MULTIADDR",
-        help="any one live node of the swarm, or several; default: those remembered from last time",
+        help="any one live node of the swarm, or several, or an invitation to a private one; default: those remembered "
+        "from last time",
+    )
+    command.add_argument("--swarm-key", type=Path, metavar="FILE", help="of a private swarm; an invitation has it too")
+
+
+def _add_identity(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--identity",
+        type=Path,
+        metavar="FILE",
+        help="your private key; default: a new one each time, in private swarms one that is kept (`swarm id`)",
     )
 
 

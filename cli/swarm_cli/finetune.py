@@ -22,6 +22,7 @@ from p2pswarm.models.auto import (
     AutoDistributedModelForSequenceClassification,
 )
 from p2pswarm.wire.messages import Codec
+from swarm_cli.entrance import entrance
 from swarm_cli.finetuning.batches import batches_by_length, steps_per_epoch
 from swarm_cli.finetuning.display import Display, display, in_words
 from swarm_cli.finetuning.examples import Example, encoding_of, labels_of
@@ -128,6 +129,8 @@ def _load(arguments: argparse.Namespace, labels: Sequence[str]) -> Any:
     return load(
         arguments.model,
         peers=arguments.peers,
+        identity=entrance(arguments)["identity"],
+        swarm_key=arguments.swarm_key,
         dtype=None if arguments.dtype is None else getattr(torch, arguments.dtype),
         revision=arguments.revision,
         token=arguments.token,

@@ -17,6 +17,7 @@ from p2pswarm.core.errors import ConfigError
 from p2pswarm.core.quantization import Quantization
 from p2pswarm.wire.messages import Codec
 from swarm_cli.chat import encode_chat, talk
+from swarm_cli.entrance import entrance
 from swarm_cli.report import print_summary
 from swarm_cli.route_words import route_as_json
 from swarm_cli.run_async import run_async
@@ -43,7 +44,7 @@ async def _generate(arguments: argparse.Namespace, prompt: str | None) -> int:
         active_adapter=arguments.adapter,
         local_blocks=arguments.local_blocks,
     )
-    async with open_swarm(arguments.peers, config=config) as swarm:
+    async with open_swarm(arguments.peers, config=config, **entrance(arguments)) as swarm:
         with weights_bar(Console(stderr=True)) as listener:
             model = await swarm.load(
                 arguments.model,

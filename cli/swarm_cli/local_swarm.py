@@ -41,6 +41,8 @@ class LocalSwarmPlan:
     device: str = "cpu"
     quantization: Quantization = Quantization.NONE
     """Not left to the device: what these swarms write is compared with the local model."""
+    swarm_key: Path | None = None
+    """Of a private swarm; None: open to whoever finds it."""
 
 
 class ServerProcess:
@@ -156,6 +158,8 @@ def _command(plan: LocalSwarmPlan, span: Span, folder: Path) -> list[str]:
         "--threads": str(plan.threads),
         "--name": f"local-{span.start}-{span.end}",
     }
+    if plan.swarm_key is not None:
+        options["--swarm-key"] = str(plan.swarm_key)
     flags = [word for name, value in options.items() for word in (name, value)]
     return [sys.executable, "-m", "swarmd", "start", plan.model, "--json", "--stop-with-stdin", *flags]
 

@@ -4,7 +4,7 @@ in it. Loads no model and opens no session."""
 import argparse
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,8 @@ from p2pswarm.routing.planner import RouteRequest
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.round_trip import measure_round_trip_s
 from swarm_cli.announced import AnnouncedModel, find_models
+from swarm_cli.entrance import entrance
+from swarm_cli.paths import FoundPath, PathWatch, as_reached, path_as_json, path_in_words
 from swarm_cli.route_words import route_as_json, route_in_words, server_name
 from swarm_cli.run_async import run_async
 
@@ -39,6 +41,7 @@ class ExplainedRoute:
     servers: Mapping[PeerId, ServerInfo]
     round_trips_s: Mapping[PeerId, float]
     explanation: Explanation
+    paths: Mapping[PeerId, FoundPath] = field(default_factory=dict)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,16 +55,19 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _explain(arguments: argparse.Namespace) -> ExplainedRoute:
-    async with join_swarm(arguments.peers) as membership:
+    async with join_swarm(arguments.peers, **entrance(arguments)) as membership:
         model = the_one(await find_models(membership, arguments.model), arguments.model)
+        watch = PathWatch(membership.network)
+        membership.nursery.start_soon(watch.run, [server.peer_id for server in model.servers])
         round_trips_s = await _measure(membership, model.servers)
+        await watch.wait_direct(round_trips_s)
         planner = DStarLitePlanner(membership.config.costs)
-        planner.update(model.servers, round_trips_s)
+        planner.update(as_reached(model.servers, membership.network), round_trips_s)
         adapter = None if arguments.adapter is None else find_adapter(arguments.adapter, model.servers)
         request = RouteRequest(Span(0, model.num_blocks), max_length=arguments.max_length or 0, adapter=adapter)
         explanation = planner.explain(request, trio.current_time())
         servers = {server.peer_id: server for server in model.servers}
-        return ExplainedRoute(model.model_id, servers, round_trips_s, explanation)
+        return ExplainedRoute(model.model_id, servers, round_trips_s, explanation, watch.found)
 
 
 def the_one(models: list[AnnouncedModel], wanted: str) -> AnnouncedModel:
@@ -100,6 +106,7 @@ def as_json(told: ExplainedRoute) -> dict[str, Any]:
         "model_id": told.model_id,
         "cost_us": explanation.route.cost_us,
         "route": route_as_json(explanation.route, told.servers),
+        "paths": [path_as_json(peer_id, told.paths.get(peer_id)) for peer_id in hops(told)],
         "edges": [_edge_as_json(edge) for edge in explanation.edges],
         "turned_down": [
             {
@@ -114,6 +121,11 @@ def as_json(told: ExplainedRoute) -> dict[str, Any]:
         ],
         "round_trips_s": dict(told.round_trips_s),
     }
+
+
+def hops(told: ExplainedRoute) -> list[PeerId]:
+    """The servers of the route, each once."""
+    return list(dict.fromkeys(hop.peer_id for hop in told.explanation.route.hops))
 
 
 def _edge_as_json(edge: RouteEdge) -> dict[str, Any]:
@@ -139,6 +151,8 @@ def print_route(console: Console, told: ExplainedRoute) -> None:
     route = explanation.route
     console.print(f"[bold]{told.model_id}[/]: {milliseconds(route.cost_us)} ms a token")
     console.print(f"[dim]route[/] {route_in_words(route, servers)}")
+    for peer_id in hops(told):
+        console.print(f"[dim]path[/] {server_name(peer_id, servers)}: {path_in_words(told.paths.get(peer_id))}")
     table = Table(box=None, pad_edge=False)
     for column in ("", "ms", "made of"):
         table.add_column(column, justify="right" if column == "ms" else "left")

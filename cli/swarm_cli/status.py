@@ -13,7 +13,9 @@ from p2pswarm.client.membership import join_swarm
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerInfo
 from swarm_cli.announced import AnnouncedModel, find_models
+from swarm_cli.entrance import entrance
 from swarm_cli.loads import Loads, ask_loads, load_as_json, load_table
+from swarm_cli.paths import announced_reach, announced_relays
 from swarm_cli.route_words import server_name
 from swarm_cli.run_async import run_async
 
@@ -23,7 +25,7 @@ MAX_NEXT_SHOWN = 2
 
 def run(arguments: argparse.Namespace) -> int:
     """The whole command; its exit status."""
-    models, loads = run_async(partial(_look_around, arguments.peers, arguments.model, arguments.details))
+    models, loads = run_async(partial(_look_around, arguments))
     if arguments.json:
         print(json.dumps({"models": [as_json(model, loads) for model in models]}))
         return 0
@@ -37,13 +39,11 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-async def _look_around(
-    peers: list[str], wanted: str | None, details: bool
-) -> tuple[list[AnnouncedModel], Loads | None]:
-    async with join_swarm(peers) as membership:
-        models = await find_models(membership, wanted)
+async def _look_around(arguments: argparse.Namespace) -> tuple[list[AnnouncedModel], Loads | None]:
+    async with join_swarm(arguments.peers, **entrance(arguments)) as membership:
+        models = await find_models(membership, arguments.model)
         servers = [server for model in models for server in model.servers]
-        return models, await ask_loads(membership, servers) if details else None
+        return models, await ask_loads(membership, servers) if arguments.details else None
 
 
 def as_json(model: AnnouncedModel, loads: Loads | None = None) -> dict[str, Any]:
@@ -70,6 +70,8 @@ def as_json(model: AnnouncedModel, loads: Loads | None = None) -> dict[str, Any]
                 "next_rtts_s": dict(server.next_rtts_s),
                 "version": server.version,
                 "addresses": list(server.addresses),
+                "reachability": server.reachability.value,
+                "relays": announced_relays(server),
                 **({} if loads is None else {"load": load_as_json(loads.get(server.peer_id))}),
             }
             for server in model.servers
@@ -84,7 +86,7 @@ def print_model(console: Console, model: AnnouncedModel) -> None:
     console.print(f"[bold]{model.model_id}[/]: {model.num_blocks} blocks, {coverage}", highlight=False)
     table = Table(box=None, pad_edge=False)
     numbers = ("tokens/s", "cache left", "queue ms")
-    for column in ("blocks", "state", "server", "name", "dtype", "weights", *numbers, "next ms", "version"):
+    for column in ("blocks", "state", "server", "name", "dtype", "weights", *numbers, "next ms", "reached", "version"):
         table.add_column(column, justify="right" if column in numbers else "left")
     servers = {server.peer_id: server for server in model.servers}
     for server in model.servers:
@@ -99,6 +101,7 @@ def print_model(console: Console, model: AnnouncedModel) -> None:
             str(server.cache_tokens_left),
             f"{1000 * server.queue_delay_s:.0f}",
             next_in_words(server, servers),
+            announced_reach(server),
             server.version,
         )
     console.print(table)

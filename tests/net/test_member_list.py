@@ -58,16 +58,17 @@ def test_largest_list_can_be_made_and_read() -> None:
         MemberList.sign(OWNER, 1, [*members, OWNER.peer_id])
 
 
-def test_change_raises_the_version() -> None:
+def test_change_raises_the_version_to_the_time_or_by_one() -> None:
     before = MemberList.sign(OWNER, 4, MEMBERS[:3])
-    after = before.changed_by(OWNER, add=[MEMBERS[4]], remove=[MEMBERS[0]])
-    assert after.version == 5
-    assert after.members == {MEMBERS[1], MEMBERS[2], MEMBERS[4]}
+    after = before.changed_by(OWNER, 1_800_000_000, MEMBERS[1:])
+    assert (after.version, after.members) == (1_800_000_000, set(MEMBERS[1:]))
+    assert after.changed_by(OWNER, 1_800_000_000, MEMBERS).version == 1_800_000_001
+    assert after.changed_by(OWNER, 1_700_000_000, MEMBERS).version == 1_800_000_001
 
 
 def test_only_the_owner_can_change_a_list() -> None:
     with pytest.raises(ConfigError, match="belongs to"):
-        MemberList.sign(OWNER, 1, MEMBERS).changed_by(STRANGER, add=[STRANGER.peer_id])
+        MemberList.sign(OWNER, 1, MEMBERS).changed_by(STRANGER, 2, [STRANGER.peer_id])
 
 
 def test_damaged_or_missing_file_is_told_by_its_name(tmp_path: Path) -> None:

@@ -18,6 +18,8 @@ from p2pswarm.checkpoint.local_model import load_local_model
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.swarm import open_swarm
+from p2pswarm.net.private.invitation import Invitation, accept_invitations
+from p2pswarm.net.private.swarm_key import SwarmKey
 from swarm_cli.benchmarks.generating import exactly, make_prompt
 from swarm_cli.local_swarm import LocalSwarmPlan, local_swarm, split_evenly
 from swarm_cli.route_words import route_as_json
@@ -88,14 +90,18 @@ async def open_setting(arguments: argparse.Namespace, console: Console) -> Async
     torch.set_num_threads(arguments.threads)
     model_path = arguments.model or sample_model()
     async with AsyncExitStack() as stack:
-        peers: list[str] = arguments.peers
+        given = None if arguments.swarm_key is None else SwarmKey.load(arguments.swarm_key)
+        peers, key = accept_invitations(arguments.peers, given)
         if not peers:
             checkpoint = await trio.to_thread.run_sync(open_checkpoint, model_path)
             spans = split_evenly(checkpoint.num_blocks, arguments.servers)
             console.print(f"Starting {len(spans)} servers, {arguments.threads} torch threads each …")
-            plan = LocalSwarmPlan(model_path, spans, arguments.threads, arguments.dtype or "float32")
+            dtype = arguments.dtype or "float32"
+            plan = LocalSwarmPlan(model_path, spans, arguments.threads, dtype, swarm_key=arguments.swarm_key)
             servers = await stack.enter_async_context(local_swarm(plan))
-            peers = [address for server in servers for address in server.addresses]
+            peers = tuple(address for server in servers for address in server.addresses)
+        if key is not None:
+            peers = (str(Invitation(key, peers)),)  # every client of a benchmark, in whatever process, has the key then
         swarm = await stack.enter_async_context(open_swarm(peers, config=client_config(arguments.local_blocks)))
         wanted_dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
         model = await swarm.load(model_path, dtype=wanted_dtype)
@@ -108,7 +114,7 @@ async def open_setting(arguments: argparse.Namespace, console: Console) -> Async
             model,
             local,
             model_path,
-            tuple(peers),
+            peers,
             str(model.shell.dtype).removeprefix("torch."),
             arguments.threads,
             route_as_json(route, model.servers.known),

@@ -81,8 +81,11 @@ class MemberList:
         except ProtocolViolation as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def changed_by(self, owner: Identity, *, add: Iterable[PeerId] = (), remove: Iterable[PeerId] = ()) -> "MemberList":
-        """The next version. Raises `ConfigError`: somebody else's list."""
+    def changed_by(self, owner: Identity, now_unix_s: int, members: Iterable[PeerId]) -> "MemberList":
+        """The next version. Raises `ConfigError`: somebody else's list.
+
+        Versions are times, so that an owner who has lost the list, and begins anew, is heard all the same.
+        """
         if owner.peer_id != self.owner:
             raise ConfigError(f"the list belongs to {self.owner}, this is the key of {owner.peer_id}")
-        return MemberList.sign(owner, self.version + 1, (self.members | frozenset(add)) - frozenset(remove))
+        return MemberList.sign(owner, max(self.version + 1, now_unix_s), members)

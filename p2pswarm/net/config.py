@@ -46,6 +46,8 @@ class NetworkConfig:
     """Of the time of the thread that runs the network; more handshakes than fit into it wait for their turn."""
     handshake_burst_s: float = 0.25
     """Of that time, saved up while nobody comes: some hundred handshakes in a row."""
+    punch_holes: bool = True
+    """Whether connections through relays become direct ones where the routers allow it."""
     idle_connection_timeout_s: float = 300.0
     """A connection without a stream for so long is closed by the node that dialled it: dialling again takes 10 ms."""
 

@@ -56,6 +56,8 @@ class ConnectionTable:
         rate_per_s = config.max_new_streams_per_s
         self._new_streams = Pace(rate_per_s, rate_per_s * NEW_STREAMS_BURST_S, trio.current_time())
         self._stream_turns = trio.StrictFIFOLock()
+        self.straighten: Callable[[Connection], Awaitable[None]] = _leave_as_it_is
+        """Run for each connection that came through a relay, until it ends: finds a direct way where there is one."""
 
     def __len__(self) -> int:
         return sum(map(len, self._connections.values()))
@@ -83,10 +85,17 @@ class ConnectionTable:
             self._dialled.add(connection)
         self._nursery.start_soon(self._run, connection)
 
+    def was_dialled(self, connection: Connection) -> bool:
+        """Whether by this node."""
+        return connection in self._dialled
+
     async def _run(self, connection: Connection) -> None:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(connection.run)
+                straightening = trio.CancelScope()
+                if not connection.path.is_direct and not self.was_dialled(connection):
+                    nursery.start_soon(self._straighten, connection, straightening)
                 while (stream := await connection.accept_stream()) is not None:
                     await self._stream_turn()
                     # Streams that the peer has reset no longer count as open, but their handlers may still be at work.
@@ -95,12 +104,17 @@ class ConnectionTable:
                     else:
                         nursery.start_soon(self._serve, stream)
                 self._forget(connection)
+                straightening.cancel()
         except Exception:  # isolation border: a bug in one connection must not take the node down
             logger.exception("connection to %s failed", connection.peer_id)
         finally:
             self._forget(connection)
         if connection.broke_protocol:
             self.note_offence(connection.peer_id, is_grave=True)
+
+    async def _straighten(self, connection: Connection, scope: trio.CancelScope) -> None:
+        with scope:
+            await self.straighten(connection)
 
     async def _stream_turn(self) -> None:
         async with self._stream_turns:
@@ -158,6 +172,10 @@ class ConnectionTable:
             for connection in idle:
                 self._forget(connection)  # now, so that nobody opens a stream on it any more
             await close_all(idle)
+
+
+async def _leave_as_it_is(connection: Connection) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 async def close_all(connections: Sequence[Connection]) -> None:

@@ -14,6 +14,7 @@ from p2pswarm.net.address_book import AddressBook
 from p2pswarm.net.addresses import CircuitAddress, TcpAddress, parse_address
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.connection import Connection
+from p2pswarm.net.local_port import LocalPort
 from p2pswarm.net.pipe import Pipe, TcpPipe
 from p2pswarm.net.upgrade import Upgrader
 
@@ -30,6 +31,7 @@ class Dialler:
         self,
         upgrader: Upgrader,
         book: AddressBook,
+        local_port: LocalPort,
         call_through_relay: Callable[[CircuitAddress, PeerId], Awaitable[Pipe]],
         adopt: Callable[[Connection], None],
         config: NetworkConfig,
@@ -37,6 +39,7 @@ class Dialler:
     ) -> None:
         self._upgrader = upgrader
         self._book = book
+        self._local_port = local_port
         self._call_through_relay = call_through_relay
         self._adopt = adopt
         self._config = config
@@ -109,13 +112,16 @@ class Dialler:
     async def _dial_one(self, peer_id: PeerId, address: TcpAddress | CircuitAddress) -> Connection:
         pipe: Pipe
         if isinstance(address, TcpAddress):
-            pipe = TcpPipe(await trio.open_tcp_stream(address.host, address.port))
+            pipe = TcpPipe(await self._local_port.dial(address))
         else:
             pipe = await self._call_through_relay(address, peer_id)
         return await self._upgrader.dialled(pipe, peer_id)
 
     async def dial_fresh(self, address: TcpAddress, peer_id: PeerId) -> None:
-        """Opens a TCP connection, lets the peer prove who it is, and closes. Raises `ConnectionLost`."""
+        """Opens a TCP connection, lets the peer prove who it is, and closes. Raises `ConnectionLost`.
+
+        It comes from a port that nothing else comes from: no router of the peer's has been opened for that.
+        """
         try:
             stream = await trio.open_tcp_stream(address.host, address.port)
         except OSError as error:

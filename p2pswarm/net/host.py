@@ -33,8 +33,12 @@ from p2pswarm.net.connection_table import ConnectionTable, close_all
 from p2pswarm.net.dialling import Dialler
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.listening import Listening
+from p2pswarm.net.local_port import LocalPort
 from p2pswarm.net.nat.circuits import CircuitPipe, IncomingCircuits, call
+from p2pswarm.net.nat.hole_punch import HolePuncher
+from p2pswarm.net.nat.hole_punch_messages import DCUTR_PROTOCOL
 from p2pswarm.net.nat.relay_messages import HOP_PROTOCOL, STOP_PROTOCOL
+from p2pswarm.net.nat.seen_addresses import SeenAddresses
 from p2pswarm.net.negotiation import answer, propose
 from p2pswarm.net.network import Stream, StreamHandler
 from p2pswarm.net.path import ConnectionPath
@@ -91,13 +95,14 @@ class Host:
     ) -> None:
         self.connections = ConnectionTable(self._serve_stream, config, nursery)
         self.upgrader = Upgrader(identity, config, private)
-        self.listening = Listening(self.upgrader, self.connections, config, nursery)
+        local_port = LocalPort()
+        self.listening = Listening(self.upgrader, self.connections, local_port, config, nursery)
         self._identity = identity
         self._private = private
         self._config = config
         self._book = AddressBook()
         self._dialler = Dialler(
-            self.upgrader, self._book, self._call_through_relay, self._adopt_dialled, config, nursery
+            self.upgrader, self._book, local_port, self._call_through_relay, self._adopt_dialled, config, nursery
         )
         self._dials: SharedCalls[tuple[PeerId, bool], Connection] = SharedCalls(nursery)
         self._incoming_circuits = IncomingCircuits(self.listening.accept)
@@ -105,6 +110,13 @@ class Host:
         self._announced = tuple(map(str, announced))
         self._published: tuple[str, ...] | None = None
         self._is_closing = False
+        if config.punch_holes:
+            puncher = HolePuncher(
+                self.connections, self.listening, self.upgrader, local_port, SeenAddresses(self).ask, nursery
+            )
+            self.connections.straighten = puncher.straighten
+            self.listening.is_claimed = puncher.claims
+            self.serve(DCUTR_PROTOCOL, puncher.answer)
 
     @property
     def peer_id(self) -> PeerId:

@@ -20,6 +20,7 @@ __all__ = [
     "YAMUX_PROTOCOL",
     "DecodeError",
     "Ed25519PublicKey",
+    "HolePunch",
     "HopMessage",
     "IMuxedConn",
     "IMuxedStream",
@@ -82,6 +83,7 @@ with _bare_packages("libp2p", "libp2p.transport", *RELAY_PACKAGES):
     from libp2p.network.connection.raw_connection import RawConnection
     from libp2p.peer.id import ID
     from libp2p.relay.circuit_v2.pb.circuit_pb2 import HopMessage, StopMessage
+    from libp2p.relay.circuit_v2.pb.dcutr_pb2 import HolePunch
     from libp2p.security.noise.io import NoiseHandshakeReadWriter, NoiseTransportReadWriter
     from libp2p.security.noise.transport import PROTOCOL_ID as NOISE_PROTOCOL
     from libp2p.security.noise.transport import Transport

@@ -19,6 +19,7 @@ from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.connection import Connection
 from p2pswarm.net.connection_table import ConnectionTable
 from p2pswarm.net.door import Door
+from p2pswarm.net.local_port import LocalPort
 from p2pswarm.net.pipe import Pipe, TcpPipe
 from p2pswarm.net.upgrade import Upgrader
 
@@ -34,9 +35,17 @@ class Listening:
     """Takes in connections for one node, until `stop`."""
 
     def __init__(
-        self, upgrader: Upgrader, table: ConnectionTable, config: NetworkConfig, nursery: trio.Nursery
+        self,
+        upgrader: Upgrader,
+        table: ConnectionTable,
+        local_port: LocalPort,
+        config: NetworkConfig,
+        nursery: trio.Nursery,
     ) -> None:
+        self.is_claimed: Callable[[TcpPipe], bool] = lambda _: False
+        """Whether somebody has waited for just this connection, and takes it over."""
         self._upgrader = upgrader
+        self._local_port = local_port
         self._table = table
         self._config = config
         self._nursery = nursery
@@ -50,9 +59,13 @@ class Listening:
     def addresses(self) -> tuple[TcpAddress, ...]:
         """What it listens on, one address for each interface of the machine where it listens on all."""
         if trio.current_time() >= self._interfaces_expire_s:
-            self._interfaces = _interface_hosts()
+            self._interfaces = interface_hosts()
             self._interfaces_expire_s = trio.current_time() + INTERFACES_LIFETIME_S
         return tuple(expand_wildcards(self._addresses, self._interfaces))
+
+    def is_at(self, kind: str, port: int | None) -> bool:
+        """Whether it listens on this port, at addresses of this kind."""
+        return any(address.kind == kind and address.port == port for address in self._addresses)
 
     async def listen(self, addresses: Sequence[TcpAddress]) -> None:
         """Opens all the listeners, or none."""
@@ -61,6 +74,7 @@ class Listening:
             for address in addresses:
                 opened = await _open_listener(address)
                 listeners.append(opened)
+                self._local_port.share(opened, address.kind)
                 self._addresses.append(TcpAddress(address.kind, address.host, opened.socket.getsockname()[1]))
         except BaseException:
             for listener in listeners:
@@ -79,11 +93,13 @@ class Listening:
 
     async def _accept_sockets(self, listeners: list[trio.SocketListener]) -> None:
         with self._scope:
-            await trio.serve_listeners(self._accept_socket, listeners, handler_nursery=self._nursery)
+            await trio.serve_listeners(self.accept_socket, listeners, handler_nursery=self._nursery)
 
-    async def _accept_socket(self, stream: trio.SocketStream) -> None:
+    async def accept_socket(self, stream: trio.SocketStream) -> None:
+        """The whole life of a TCP connection over which the other side speaks first."""
         pipe = TcpPipe(stream)
-        await self.accept(pipe, partial(trio.lowlevel.wait_readable, stream.socket))
+        if not self.is_claimed(pipe):
+            await self.accept(pipe, partial(trio.lowlevel.wait_readable, stream.socket))
         await pipe.wait_closed()  # trio closes the socket when this returns
 
     async def accept(
@@ -146,7 +162,7 @@ async def _open_listener(address: TcpAddress) -> trio.SocketListener:
     return listeners[0]
 
 
-def _interface_hosts() -> list[str]:
+def interface_hosts() -> list[str]:
     """This machine's IP addresses that can be dialled; link-local ones need more than an address."""
     hosts = [
         entry.address for entries in psutil.net_if_addrs().values() for entry in entries if entry.family in IP_FAMILIES

@@ -44,6 +44,15 @@ async def test_a_peer_tells_which_ports_it_reached_and_where_it_sees_us(autojump
         assert [f"{address}/p2p/{asker.peer_id}" for address in report.reached] == list(asker.addresses)
 
 
+async def test_a_question_without_ports_is_answered_at_once_with_where_we_are_seen(autojump_clock):
+    async with asker_and_prober() as (_, asker, prober):
+        prober.dial_fresh = never
+        began_s = trio.current_time()
+        report = await ask_peer(asker, prober.peer_id, [])
+        assert f"/ip4/{report.seen_at.host}/" in asker.addresses[0]
+        assert trio.current_time() - began_s < 1
+
+
 async def test_a_port_at_which_somebody_else_answers_is_not_reached(autojump_clock):
     async with asker_and_prober() as (_, asker, prober):
         assert (await ask_peer(asker, prober.peer_id, [4002])).reached_ports == set()
@@ -93,7 +102,6 @@ async def test_who_asks_too_often_is_turned_away_for_a_while(autojump_clock):
     [
         b"",
         b"{}",
-        b'{"ports": []}',
         b'{"ports": [0]}',
         b'{"ports": [65536]}',
         b'{"ports": [true]}',

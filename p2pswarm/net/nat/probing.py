@@ -2,7 +2,7 @@
 
 Protocol `/p2pswarm/probe/1`, one question a stream, each side a JSON object in one piece and then the end of its side:
 
-    asker    {"ports": [4001]}                                             at most 4
+    asker    {"ports": [4001]}                                             at most 4; none: only where it is seen
     prober   {"seen_at": "/ip4/203.0.113.7/tcp/51234", "reached": [4001]}
 
 The prober dials those ports at the host that it sees the asker at, and nowhere else, so that nobody can be made to
@@ -157,9 +157,9 @@ async def _receive(stream: Stream) -> bytes:
 
 def _read_ports(message: bytes, asker: PeerId) -> list[int]:
     match _parsed(message):
-        case {"ports": [*ports]} if 0 < len(ports) <= MAX_PORTS and all(map(_is_port, ports)):
+        case {"ports": [*ports]} if len(ports) <= MAX_PORTS and all(map(_is_port, ports)):
             return list(dict.fromkeys(ports))
-    raise ProtocolViolation(f"{asker} asked for a probe of {message[:80]!r}, wanted 1 to {MAX_PORTS} ports", asker)
+    raise ProtocolViolation(f"{asker} asked for a probe of {message[:80]!r}, wanted up to {MAX_PORTS} ports", asker)
 
 
 def _read_report(message: bytes, prober: PeerId, asked: Sequence[int]) -> ProbeReport:

@@ -27,7 +27,7 @@ from p2pswarm.net.host import Host
 from p2pswarm.net.nat.own_addresses import addresses_to_publish, dial_back_ports
 from p2pswarm.net.nat.port_mapping import PortMapper
 from p2pswarm.net.nat.probing import Probing, ask_peers, whom_to_ask
-from p2pswarm.net.nat.reachability import ProbeReport, ReachabilityState
+from p2pswarm.net.nat.reachability import AGREEING_PROBERS, ProbeReport, ReachabilityState
 from p2pswarm.net.nat.relay import HOME_LIMITS, Relay
 from p2pswarm.net.nat.relay_choice import RelayCandidate
 from p2pswarm.net.nat.relay_keeper import RelayKeeper
@@ -70,6 +70,7 @@ class Reaching:
             host, partial(reserve, host), self._relay_candidates, self._note_relay_reserved, self._note_relay_lost
         )
         self._mapper = None if config.no_upnp else find_port_mapper(random)
+        self._num_asked = 0
         self._has_asked_router = False
         self._served: tuple[bool, tuple[str, ...]] | None = None
         self._has_relay = trio.Event()
@@ -138,7 +139,7 @@ class Reaching:
 
     async def _wait_for_reason(self) -> None:
         """Returns when it is time to ask again."""
-        listening, had_company = self._host.own_listen_addresses(), bool(self._prober_hosts())
+        listening = self._host.own_listen_addresses()
         due_s = trio.current_time() + self._state.next_check_s(self._random)
         while trio.current_time() < due_s:
             await trio.sleep(LOOK_PERIOD_S)
@@ -147,7 +148,7 @@ class Reaching:
                 self._state = self._state.after_move()
                 self._has_asked_router = False
                 return
-            if not had_company and self._prober_hosts() and not self._state.is_settled:
+            if self._num_asked < AGREEING_PROBERS and len(self._prober_hosts()) > self._num_asked:
                 return
             if self._mapper is not None and self._mapper.mapped is not None and self._mapper.is_due:
                 await self._mapper.map(self._mapper.mapped.internal)
@@ -179,7 +180,9 @@ class Reaching:
     async def _ask(self) -> list[ProbeReport]:
         forwarded = self._mapper.mapped.external if self._mapper is not None and self._mapper.mapped else None
         ports = dial_back_ports(self._host.own_listen_addresses(), forwarded)
-        return await ask_peers(self._host, whom_to_ask(self._prober_hosts(), self._random), ports)
+        hosts = self._prober_hosts()
+        self._num_asked = len(hosts)
+        return await ask_peers(self._host, whom_to_ask(hosts, self._random), ports)
 
     def _prober_hosts(self) -> dict[PeerId, str]:
         """Nodes of the DHT, and the machine of each."""

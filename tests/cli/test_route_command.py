@@ -15,6 +15,7 @@ from p2pswarm.core.span import Span
 from p2pswarm.routing.dstar_planner import DStarLitePlanner
 from p2pswarm.routing.planner import RouteRequest
 from swarm_cli.announced import AnnouncedModel
+from swarm_cli.paths import FoundPath
 from swarm_cli.route import ExplainedRoute, as_json, print_route, the_one
 
 MODEL = ModelId("tiny@0123456789abcdef")
@@ -52,7 +53,12 @@ def told() -> ExplainedRoute:
     planner = DStarLitePlanner()
     planner.update(servers, round_trips_s)
     explanation = planner.explain(RouteRequest(Span(0, 6), max_length=10), 0.0)
-    return ExplainedRoute(MODEL, {info.peer_id: info for info in servers}, round_trips_s, explanation)
+    paths = {
+        PeerId("12D3anna"): FoundPath(None),
+        PeerId("12D3bob"): FoundPath(PeerId("12D3KooWrelay1")),
+        PeerId("12D3carl"): FoundPath(PeerId("12D3KooWrelay1"), direct_after_s=0.42),
+    }
+    return ExplainedRoute(MODEL, {info.peer_id: info for info in servers}, round_trips_s, explanation, paths)
 
 
 def test_people_read_each_step_its_cost_and_who_was_left_out(told: ExplainedRoute) -> None:
@@ -62,6 +68,9 @@ def test_people_read_each_step_its_cost_and_who_was_left_out(told: ExplainedRout
     assert lines == [
         "tiny@0123456789abcdef: 114.0 ms a token",
         "route 0:2 anna → 2:4 bob → 4:6 carl",
+        "path anna: directly",
+        "path bob: through relay …relay1",
+        "path carl: through relay …relay1, then directly after 0.4 s",
         "ms made of",
         "client to anna 12.0 network 10.0, overhead 2.0",
         "anna runs 0:2 20.0 compute 20.0",
@@ -83,6 +92,11 @@ def test_programs_read_parts_that_add_up(told: ExplainedRoute) -> None:
         ("anna", 0, 2),
         ("bob", 2, 4),
         ("carl", 4, 6),
+    ]
+    assert [(path["relay"], path["direct_after_s"]) for path in printed["paths"]] == [
+        (None, None),
+        ("12D3KooWrelay1", None),
+        ("12D3KooWrelay1", 0.42),
     ]
     assert sum(edge["cost_us"] for edge in printed["edges"]) == printed["cost_us"] == 114_000
     assert all(sum(edge["parts_us"].values()) == edge["cost_us"] for edge in printed["edges"])

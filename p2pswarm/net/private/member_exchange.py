@@ -54,7 +54,7 @@ class MemberExchange:
             self._members.look_at_file()
 
     async def _pass_on(self, peer_id: PeerId, newest: MemberList) -> None:
-        may_stay = peer_id in newest.members and self._network.peer_id in newest.members
+        may_stay = newest.has(peer_id) and newest.has(self._network.peer_id)
         try:
             with trio.move_on_after(TELL_TIMEOUT_S if may_stay else TELL_REMOVED_TIMEOUT_S):
                 await self._tell(peer_id, newest)

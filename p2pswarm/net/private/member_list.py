@@ -1,19 +1,21 @@
-"""Who may be in a private swarm: peer ids, signed by its owner. Pure; how lists spread is in `member_exchange.py`.
+"""Who may be in a private swarm: a list signed by its owner. Pure; how lists spread is in `member_exchange.py`.
 
 A list is a text, the same in a file and on the wire:
 
     p2pswarm members 1
     owner 12D3KooW...
-    version 7
-    member 12D3KooW...
-    member 12D3KooW...
+    version 1795300000
+    member 5d41402abc4b2a76b9719d911017c592
     signature base64url of the owner's signature of all lines above
 
-Of two lists the one with the higher version holds.
+A member is written as a hash of its peer id: who knows the id can tell whether it is on the list, and nobody can read
+from the list who the others are; for it is shown to those who were removed, too. A file may have lines that begin with
+`#` besides, where the owner keeps the ids. Of two lists the one with the higher version holds.
 """
 
 import base64
 import binascii
+import hashlib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -24,13 +26,17 @@ from p2pswarm.core.ids import PeerId
 from p2pswarm.net.identity import Identity, verify_signature
 
 MAX_MEMBERS = 10_000
-MAX_LIST_BYTES = 1 << 20
-"""A member takes 60."""
+MAX_LIST_BYTES = 1 << 19
+"""A member takes 40."""
+MAX_FILE_BYTES = 1 << 21
 MAX_VERSION = (1 << 63) - 1
+MEMBER_DOMAIN = b"p2pswarm member 1\0"
+MEMBER_BYTES = 16
 LIST_PATTERN = re.compile(
-    rb"p2pswarm members 1\nowner (\w{40,64})\nversion (\d{1,19})\n((?:member \w{40,64}\n)*)signature ([\w=-]{40,100})\n"
+    rb"p2pswarm members 1\nowner (\w{40,64})\nversion (\d{1,19})\n((?:member [0-9a-f]{32}\n)*)"
+    rb"signature ([\w=-]{40,100})\n"
 )
-"""Letters that no peer id has are let through: they harm nobody, and the owner has signed them."""
+COMMENT = b"#"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,19 +45,26 @@ class MemberList:
 
     owner: PeerId
     version: int
-    members: frozenset[PeerId]
+    members: frozenset[str]
+    """Hashes; ask `has`."""
     text: bytes = field(repr=False)
+
+    def has(self, peer_id: PeerId) -> bool:
+        return _hash(self.owner, peer_id) in self.members
 
     @classmethod
     def sign(cls, owner: Identity, version: int, members: Iterable[PeerId]) -> "MemberList":
         """A new list by the owner. Raises `ConfigError`: too many."""
-        chosen = frozenset(members)
-        if len(chosen) > MAX_MEMBERS:
-            raise ConfigError(f"a swarm has up to {MAX_MEMBERS} listed members, got {len(chosen)}")
-        lines = [f"owner {owner.peer_id}", f"version {version}", *(f"member {member}" for member in sorted(chosen))]
+        return cls._sign(owner, version, frozenset(_hash(owner.peer_id, member) for member in members))
+
+    @classmethod
+    def _sign(cls, owner: Identity, version: int, members: frozenset[str]) -> "MemberList":
+        if len(members) > MAX_MEMBERS:
+            raise ConfigError(f"a swarm has up to {MAX_MEMBERS} listed members, got {len(members)}")
+        lines = [f"owner {owner.peer_id}", f"version {version}", *(f"member {member}" for member in sorted(members))]
         text = "p2pswarm members 1\n" + "".join(f"{line}\n" for line in lines)
         signature = base64.urlsafe_b64encode(owner.sign(text.encode())).decode()
-        return cls(owner.peer_id, version, chosen, f"{text}signature {signature}\n".encode())
+        return cls(owner.peer_id, version, members, f"{text}signature {signature}\n".encode())
 
     @classmethod
     def parse(cls, text: bytes) -> "MemberList":
@@ -68,24 +81,32 @@ class MemberList:
             raise ProtocolViolation(f"the signature of a member list by {owner} is false")
         if len(members) > MAX_MEMBERS or version > MAX_VERSION:
             raise ProtocolViolation(f"a member list with {len(members)} members and version {version} is too large")
-        return cls(owner, version, frozenset(map(PeerId, members)), text)
+        return cls(owner, version, frozenset(members), text)
 
     @classmethod
     def load(cls, path: Path) -> "MemberList":
         """The list in the file. Raises `ConfigError` where there is none, or it is not signed as it should be."""
         try:
             with path.open("rb") as file:
-                return cls.parse(file.read(MAX_LIST_BYTES + 1))
+                lines = file.read(MAX_FILE_BYTES).splitlines(keepends=True)
+            return cls.parse(b"".join(line for line in lines if not line.startswith(COMMENT)))
         except OSError as error:
             raise ConfigError(f"cannot read the member list {path}: {error.strerror}") from error
         except ProtocolViolation as error:
             raise ConfigError(f"{path}: {error}") from error
 
-    def changed_by(self, owner: Identity, now_unix_s: int, members: Iterable[PeerId]) -> "MemberList":
+    def changed_by(
+        self, owner: Identity, now_unix_s: int, *, add: Iterable[PeerId] = (), remove: Iterable[PeerId] = ()
+    ) -> "MemberList":
         """The next version. Raises `ConfigError`: somebody else's list.
 
         Versions are times, so that an owner who has lost the list, and begins anew, is heard all the same.
         """
         if owner.peer_id != self.owner:
             raise ConfigError(f"the list belongs to {self.owner}, this is the key of {owner.peer_id}")
-        return MemberList.sign(owner, max(self.version + 1, now_unix_s), members)
+        added, removed = ({_hash(self.owner, peer_id) for peer_id in peer_ids} for peer_ids in (add, remove))
+        return MemberList._sign(owner, max(self.version + 1, now_unix_s), (self.members | added) - removed)
+
+
+def _hash(owner: PeerId, peer_id: PeerId) -> str:
+    return hashlib.sha256(MEMBER_DOMAIN + f"{owner} {peer_id}".encode()).digest()[:MEMBER_BYTES].hex()

@@ -44,7 +44,7 @@ class Members:
 
     def has(self, peer_id: PeerId) -> bool:
         """Whether the peer may be in the swarm, given that it has the key."""
-        return self.newest is None or peer_id in self.newest.members
+        return self.newest is None or self.newest.has(peer_id)
 
     def check_own(self, peer_id: PeerId) -> None:
         """Raises `NotAMember` where this node itself is not in the list."""

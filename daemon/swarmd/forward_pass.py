@@ -83,7 +83,7 @@ class ForwardJob:
 
     def _come(self) -> Tenant:
         memory, num_tokens = self._shared.memory, self.work.num_tokens
-        tenant = memory.come(1, num_tokens, num_tokens, is_session=False)
+        tenant = memory.come(1, num_tokens, num_tokens, owner=self.work.peer_id, is_session=False)
         if not tenant.is_inside:
             memory.leave(tenant)
             raise self._no_room()

@@ -86,8 +86,10 @@ class SpanService:
         with ExitStack() as held:
             held.enter_context(self.tunings.held(held_bytes(request.tuning)))
             tuning = await self._read_tuning(request)
-            tenant = self.memory.come(request.batch_size, request.max_length, request.first_tokens)
+            tenant = self.memory.come(request.batch_size, request.max_length, request.first_tokens, owner=peer_id)
             held.callback(self.memory.leave, tenant)
+            if not tenant.is_inside:
+                self.dispatcher.when_idle(self.memory.make_way)
             await self._get_in(tenant, request)
             session = SpanSession(self._shared, peer_id, request, tenant, tuning, max_position=served.max_length)
             session.held = held.pop_all()

@@ -7,22 +7,28 @@ each were promised its longest length, and memory may run out:
   send at once are free, with some to spare for those inside to grow; in the order in which they came.
 - **Out.** When there are no pages left, the youngest of those inside is evicted, perhaps the one that asks: its client
   replays, here or elsewhere. So the oldest always goes on, and nothing can wait in a circle.
+- **Shared.** Where several peers want room, none may keep more than half of it, nor more than twice an equal part. Who
+  has more is evicted before all others, also for one who waits at the door; who would have more waits behind them.
 
 Long forward passes hold pages too while they run, and are the first to be evicted. `docs/decisions/11-kv-memory.md`
 has the reasons.
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 
 from p2pswarm.blocks.page_tables import pages_for
 from p2pswarm.blocks.pages import PAGE_TOKENS, OutOfPages, PagePool
 from p2pswarm.core.errors import ServerBusy, SessionLost
+from p2pswarm.core.ids import PeerId
 
 SPARE_SHARE = 1 / 16
 """Of all pages: what has to stay free when another session gets in. Without it, one that has just replayed all its
 tokens would be evicted at the next page that somebody needs."""
+MAX_SHARE = 1 / 2
+MAX_EQUAL_PARTS = 2
+"""One peer's part of all pages while others want some: at most that share, and at most so many equal parts."""
 MAX_QUEUE = 256
 """Sessions that wait to get in."""
 
@@ -30,9 +36,10 @@ MAX_QUEUE = 256
 class Tenant:
     """A session, or a long forward pass, that is inside or waits to get in."""
 
-    def __init__(self, number: int, first_pages: int, *, is_session: bool) -> None:
+    def __init__(self, number: int, first_pages: int, owner: PeerId | None, *, is_session: bool) -> None:
         self.number = number
         """Rises: the youngest has the highest."""
+        self.owner = owner
         self.first_pages = first_pages
         self.is_session = is_session
         self.count_pages: Callable[[], int]
@@ -53,6 +60,11 @@ class Tenant:
     def num_promised(self) -> int:
         """Pages that it was let in for and has not taken yet."""
         return max(0, self.first_pages - self.count_pages())
+
+    @property
+    def num_claimed(self) -> int:
+        """Pages that it holds or was promised."""
+        return self.count_pages() + self.num_promised
 
     @property
     def seniority(self) -> tuple[bool, int]:
@@ -92,8 +104,19 @@ class KVMemory:
         """Since the start."""
         return self._num_evicted
 
-    def come(self, num_rows: int, max_length: int, first_tokens: int, *, is_session: bool = True) -> Tenant:
-        """A new tenant, inside or in the queue. Raises `ServerBusy` for one that could never finish."""
+    def come(
+        self,
+        num_rows: int,
+        max_length: int,
+        first_tokens: int,
+        *,
+        owner: PeerId | None = None,
+        is_session: bool = True,
+    ) -> Tenant:
+        """A new tenant, inside or in the queue; it evicts nobody. Raises `ServerBusy` for one that could never finish.
+
+        `owner`: for whom it is; with None for nobody in particular, as others are.
+        """
         if num_rows * pages_for(max_length) > self._pool.num_pages:
             raise ServerBusy(
                 f"no room for {num_rows} x {max_length} tokens of KV cache, by pages of {PAGE_TOKENS}: "
@@ -103,11 +126,9 @@ class KVMemory:
             raise ServerBusy(f"{len(self._queue)} sessions are waiting for room in the KV cache already")
         self._num_come += 1
         first_pages = num_rows * pages_for(max(first_tokens, 1))
-        tenant = Tenant(self._num_come, first_pages, is_session=is_session)
-        if not self._queue and self._has_room_for(tenant):
-            self._let_in(tenant)
-        else:
-            self._queue.append(tenant)
+        tenant = Tenant(self._num_come, first_pages, owner, is_session=is_session)
+        self._queue.append(tenant)
+        self._let_in_who_fits()
         return tenant
 
     def take(self, tenant: Tenant, take_pages: Callable[[], None]) -> None:
@@ -120,15 +141,25 @@ class KVMemory:
             try:
                 take_pages()
             except OutOfPages:
-                self._evict_youngest(tenant)
+                self._evict(self._who_leaves(tenant))
                 has_evicted = True
             else:
                 assert self._pool.num_used <= self._pool.num_pages
                 break
         if has_evicted:
             self._let_in_who_fits()
+        self.make_way()
         if not tenant.is_inside:
-            raise SessionLost("the KV memory is full, and younger sessions make room for older ones")
+            raise SessionLost("the KV memory is full, and this session had to make room for others")
+
+    def make_way(self) -> None:
+        """Evicts whose peers have more than their share, for those who wait and would not."""
+        while self._next_modest() is not None:
+            greedy = [tenant for tenant in self._greedy() if tenant.num_claimed]
+            if not greedy:
+                break
+            self._evict(max(greedy, key=lambda tenant: tenant.seniority))
+            self._let_in_who_fits()
 
     def leave(self, tenant: Tenant) -> None:
         """The tenant is gone, wherever it was; a second time does nothing. It must have given its pages back."""
@@ -146,22 +177,52 @@ class KVMemory:
         spare = math.ceil(SPARE_SHARE * self._pool.num_pages) if self._inside else 0
         return tenant.first_pages + spare <= self._num_unpromised
 
-    def _let_in(self, tenant: Tenant) -> None:
-        tenant.is_inside = True
-        self._inside[tenant.number] = tenant
-
     def _let_in_who_fits(self) -> None:
-        while self._queue and self._has_room_for(self._queue[0]):
-            tenant = self._queue.popleft()
-            self._let_in(tenant)
+        """One after the other; nobody overtakes, except those who would have more than their share."""
+        while self._queue:
+            tenant = self._next_modest() or self._queue[0]
+            if not self._has_room_for(tenant):
+                break
+            self._queue.remove(tenant)
+            tenant.is_inside = True
+            self._inside[tenant.number] = tenant
             tenant.get_in()
 
-    def _evict_youngest(self, asking: Tenant) -> None:
-        """Of those whose leaving helps, and the one that asks."""
+    def _next_modest(self) -> Tenant | None:
+        """The first in the queue whose peer would not have more than its share with it."""
+        if not self._queue:
+            return None
+        limit, claimed = self._limit_and_claims()
+        modest = (tenant for tenant in self._queue if claimed[tenant.owner] + tenant.first_pages <= limit)
+        return next(modest, None)
+
+    def _greedy(self) -> list[Tenant]:
+        """All of the one peer inside that has most, if that is more than its share."""
+        limit, claimed = self._limit_and_claims()
+        owner, num_claimed = max(claimed.items(), key=lambda item: item[1])
+        if num_claimed <= limit:
+            return []
+        return [tenant for tenant in self._inside.values() if tenant.owner == owner]
+
+    def _limit_and_claims(self) -> tuple[float, Counter[PeerId | None]]:
+        """How many pages one peer may claim, and how many each does that is inside or waits."""
+        claimed: Counter[PeerId | None] = Counter()
+        for tenant in self._queue:
+            claimed[tenant.owner] += 0
+        for tenant in self._inside.values():
+            claimed[tenant.owner] += tenant.num_claimed
+        share = min(MAX_SHARE, MAX_EQUAL_PARTS / len(claimed)) if len(claimed) > 1 else math.inf
+        return share * self._pool.num_pages, claimed
+
+    def _who_leaves(self, asking: Tenant) -> Tenant:
+        """The youngest of those whose leaving helps, and the one that asks; first of a peer with too much."""
         candidates = [tenant for tenant in self._inside.values() if tenant is asking or tenant.count_pages()]
-        youngest = max(candidates, key=lambda tenant: tenant.seniority)
-        del self._inside[youngest.number]
-        youngest.is_inside = False
+        greedy = [tenant for tenant in self._greedy() if tenant in candidates]
+        return max(greedy or candidates, key=lambda tenant: tenant.seniority)
+
+    def _evict(self, tenant: Tenant) -> None:
+        del self._inside[tenant.number]
+        tenant.is_inside = False
         self._num_evicted += 1
-        youngest.give_up_pages()
-        assert youngest.count_pages() == 0
+        tenant.give_up_pages()
+        assert tenant.count_pages() == 0

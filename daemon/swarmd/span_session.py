@@ -106,7 +106,7 @@ class SpanSession:
         With `CodecError`, which only the answer can show, the step has been taken; the client may repeat it.
         """
         if not self._tenant.is_inside:
-            raise SessionLost("the KV memory was full, and older sessions needed this one's part of it")
+            raise SessionLost("the KV memory was full, and others needed this session's part of it")
         checks.check_step(
             step,
             batch_size=self.request.batch_size,
@@ -167,7 +167,8 @@ class SpanSession:
         self.prepared = None
         self.cache.release()
         if self._work is not None:
-            self._shared.dispatcher.end(self._work, SessionLost("the KV memory is full, and older sessions need it"))
+            error = SessionLost("the KV memory is full, and others need this session's part of it")
+            self._shared.dispatcher.end(self._work, error)
 
 
 class StepJob:

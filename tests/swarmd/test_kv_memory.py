@@ -1,4 +1,6 @@
-"""Who gets into the KV memory and who has to leave: never more pages than there are, and the oldest always goes on."""
+"""Who gets into the KV memory and who has to leave: never more pages than there are, the oldest always goes on, and no
+peer keeps more than its share from others.
+"""
 
 from functools import partial
 
@@ -10,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from p2pswarm.blocks.page_tables import PageTables, pages_for
 from p2pswarm.blocks.pages import PAGE_TOKENS, PagePool
 from p2pswarm.core.errors import ServerBusy, SessionLost
+from p2pswarm.core.ids import PeerId
 from swarmd.memory import KVMemory, Tenant
 
 NUM_PAGES = 24
@@ -18,9 +21,17 @@ NUM_PAGES = 24
 class User:
     """A session that only counts."""
 
-    def __init__(self, memory: KVMemory, pool: PagePool, num_rows: int, max_length: int, first_tokens: int) -> None:
+    def __init__(
+        self,
+        memory: KVMemory,
+        pool: PagePool,
+        num_rows: int,
+        max_length: int,
+        first_tokens: int,
+        owner: str | None = None,
+    ) -> None:
         self.tables = PageTables(pool, num_rows, max_length)
-        self.tenant = memory.come(num_rows, max_length, first_tokens)
+        self.tenant = memory.come(num_rows, max_length, first_tokens, owner=None if owner is None else PeerId(owner))
         self.tenant.count_pages = lambda: self.tables.num_pages
         self.tenant.give_up_pages = self.tables.release
         self.memory = memory
@@ -109,18 +120,93 @@ def test_a_forward_pass_leaves_before_any_session() -> None:
     assert (forward.is_inside, session.tenant.is_inside) == (False, True)
 
 
+def test_a_peer_that_reserves_everything_makes_way_for_another() -> None:
+    memory, pool = make_memory()
+    greedy = [User(memory, pool, 1, 700, 6 * PAGE_TOKENS, "greedy") for _ in range(6)]
+    assert [user.tenant.is_inside for user in greedy] == [True, True, True, False, False, False]
+    modest = User(memory, pool, 1, 700, 10 * PAGE_TOKENS, "modest")
+    assert not modest.tenant.is_inside
+    memory.make_way()
+    assert modest.tenant.is_inside
+    assert [user.tenant.is_inside for user in greedy] == [True, True, False, False, False, False]
+    modest.grow(10 * PAGE_TOKENS)
+
+
+def test_a_peer_with_too_much_loses_its_youngest_before_a_younger_one_of_another_leaves() -> None:
+    memory, pool = make_memory()
+    older, old = (User(memory, pool, 1, 700, 0, "greedy") for _ in range(2))
+    older.grow(8 * PAGE_TOKENS)
+    old.grow(8 * PAGE_TOKENS)
+    young = User(memory, pool, 1, 700, 0, "modest")
+    young.grow(10 * PAGE_TOKENS)
+    assert [user.tenant.is_inside for user in (older, old, young)] == [True, False, True]
+
+
+def test_who_would_have_more_than_its_share_waits_behind_the_others() -> None:
+    memory, pool = make_memory()
+    User(memory, pool, 1, 700, 11 * PAGE_TOKENS, "first")
+    User(memory, pool, 1, 700, 0, "second").grow(10 * PAGE_TOKENS)
+    greedy = User(memory, pool, 1, 700, 3 * PAGE_TOKENS, "first")
+    modest = User(memory, pool, 1, 700, PAGE_TOKENS, "second")
+    assert (greedy.tenant.is_inside, modest.tenant.is_inside) == (False, True)
+
+
+def test_nobody_makes_way_for_who_would_have_more_than_its_share() -> None:
+    memory, pool = make_memory()
+    large = User(memory, pool, 1, 768, 0, "first")
+    large.grow(14 * PAGE_TOKENS)
+    larger = User(memory, pool, 1, 768, 13 * PAGE_TOKENS, "second")
+    memory.make_way()
+    assert (large.tenant.is_inside, larger.tenant.is_inside) == (True, False)
+    large.leave()
+    assert larger.tenant.is_inside
+
+
+def test_one_peer_alone_may_have_everything() -> None:
+    memory, pool = make_memory()
+    user = User(memory, pool, 1, 768, 0, "alone")
+    user.grow(768)
+    assert user.tenant.is_inside
+
+
+def test_many_peers_share_by_equal_parts() -> None:
+    memory, pool = make_memory()
+    owners = [User(memory, pool, 1, 700, 0, f"peer {number}") for number in range(8)]
+    for user in owners[1:]:
+        user.grow(2 * PAGE_TOKENS)
+    owners[0].grow(7 * PAGE_TOKENS)
+    owners[7].grow(4 * PAGE_TOKENS)
+    assert [user.tenant.is_inside for user in owners] == [False] + 7 * [True]
+
+
 class MemoryMachine(RuleBasedStateMachine):
-    """Sessions come, grow, go back and leave in any order."""
+    """Sessions of a few peers come, grow, go back, make way and leave in any order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.memory, self.pool = make_memory()
         self.users: list[User] = []
 
-    @rule(num_rows=st.integers(1, 3), max_length=st.integers(1, 300), first=st.integers(0, 300))
-    def come(self, num_rows: int, max_length: int, first: int) -> None:
+    @rule(
+        num_rows=st.integers(1, 3),
+        max_length=st.integers(1, 300),
+        first=st.integers(0, 300),
+        owner=st.sampled_from([None, "a", "b", "c"]),
+    )
+    def come(self, num_rows: int, max_length: int, first: int, owner: str | None) -> None:
         if num_rows * pages_for(max_length) <= NUM_PAGES:
-            self.users.append(User(self.memory, self.pool, num_rows, max_length, min(first, max_length)))
+            self.users.append(User(self.memory, self.pool, num_rows, max_length, min(first, max_length), owner))
+
+    @rule()
+    def make_way(self) -> None:
+        inside = [user for user in self.users if user.tenant.is_inside]
+        had_too_much = {user for user in inside if self.claimed(user) > NUM_PAGES // 2}
+        self.memory.make_way()
+        assert all(user.tenant.is_inside or user in had_too_much for user in inside)
+
+    def claimed(self, user: User) -> int:
+        """By the user's peer; with up to four peers, half of all is too much."""
+        return sum(other.tenant.num_claimed for other in self.users if other.tenant.owner == user.tenant.owner)
 
     @precondition(lambda self: any(user.tenant.is_inside for user in self.users))
     @rule(data=st.data(), num_tokens=st.integers(1, 100))
@@ -129,10 +215,12 @@ class MemoryMachine(RuleBasedStateMachine):
         user = data.draw(st.sampled_from(inside))
         holders = [other.tenant for other in inside if other.tables.num_pages]
         is_oldest = all(user.tenant.seniority <= tenant.seniority for tenant in holders)
+        needed = len(user.tables.rows) * pages_for(min(user.length + num_tokens, user.max_length))
+        may_have_too_much = self.claimed(user) + needed > NUM_PAGES // 2
         try:
             user.grow(num_tokens)
         except SessionLost:
-            assert not is_oldest
+            assert not is_oldest or may_have_too_much
             assert not user.tenant.is_inside
 
     @precondition(lambda self: self.users)

@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import torch
 import trio
+from tiny_adapters import save_adapter, with_adapter
 from tiny_swarm import TinySwarm
 from tiny_training import TUNED_PATHS, LocalBlocks, left_padding, random_states, random_tuning
 
 from p2pswarm.blocks.architecture import Head
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.client.autograd import BlocksPass
+from p2pswarm.client.carried import Carried
 from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.local_blocks import load_local_blocks
 from p2pswarm.client.step_input import StepInput
@@ -197,6 +199,31 @@ async def test_tunings_are_applied_in_the_kept_blocks_too(open_world, tiny_llama
         torch.testing.assert_close(torch.cat(answers, 1), expected, rtol=1e-4, atol=1e-5)
         passed = await world.model.forward(STATES, tuning=tuning)
         torch.testing.assert_close(passed, expected, rtol=1e-4, atol=1e-5)
+
+
+async def test_an_adapter_in_a_folder_goes_along_to_the_kept_blocks_too(open_world, local, tmp_path) -> None:
+    folder = save_adapter(tmp_path / "poet", local, seed=1)
+    expected = with_adapter(local, folder).generate(torch.tensor([PROMPT]), max_new_tokens=12, **GREEDY)
+    async with (
+        open_world(config=keeping(2)) as world,
+        world.model.session(max_length=64, adapter=str(folder)) as session,
+    ):
+        got = await session.complete(PROMPT, max_new_tokens=12, **GREEDY)
+    assert got.tolist() == expected.tolist()
+    assert got.tolist() != local.generate(torch.tensor([PROMPT]), max_new_tokens=12, **GREEDY).tolist()
+
+
+async def test_virtual_tokens_go_before_the_text_as_ever(open_world) -> None:
+    prefix = torch.randn(3, 64, generator=torch.Generator().manual_seed(4))
+    answers = []
+    for local_blocks in (0, 2):
+        async with open_world(config=keeping(local_blocks)) as world:
+            world.model.carried = lambda: Carried(prefix)
+            async with world.model.session(max_length=64) as session:
+                first = await session.complete([PROMPT, PROMPT[::-1]], max_new_tokens=8, **GREEDY)
+                session.position = 7
+                answers.append([first.tolist(), (await session.complete(max_new_tokens=4, **GREEDY)).tolist()])
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize("blocks", [Span(0, 8), Span(0, 2), Span(1, 4), Span(3, 5), Span(5, 8), Span(7, 8)], ids=str)

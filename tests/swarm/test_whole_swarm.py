@@ -16,7 +16,7 @@ from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.membership import join_over
 from p2pswarm.client.swarm import Swarm
 from p2pswarm.core.clock import SystemClock
-from p2pswarm.core.errors import MissingBlocksError, ModelNotFound, NoPeersError
+from p2pswarm.core.errors import ConfigError, MissingBlocksError, ModelNotFound, NoPeersError
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
@@ -104,6 +104,18 @@ async def test_model_is_found_by_any_one_peer_and_generates(world, tiny_llama, l
             async with model.session(max_length=32) as session:
                 assert [token async for token in session.generate(PROMPT, **GREEDY)] == local_tokens(local)
                 assert [hop.span for hop in session.route.hops] == [FIRST, MIDDLE, LAST]
+
+
+async def test_client_keeps_the_blocks_that_it_is_told_to(world, tiny_llama, local) -> None:
+    config = ClientConfig(known_peers_path=None, find_timeout_s=1.0, join_timeout_s=2.0, local_blocks=2)
+    async with world.client([world.address], config) as swarm:
+        model = await swarm.load(folder_of(tiny_llama))
+        async with model.session(max_length=32) as session:
+            assert [token async for token in session.generate(PROMPT, **GREEDY)] == local_tokens(local)
+            assert [hop.span for hop in session.route.hops] == [Span(2, 3), MIDDLE, Span(4, 6)]
+    with pytest.raises(ConfigError, match=r"local_blocks 4 are kept of each end .* of the 8 blocks"):
+        async with world.client([world.address], replace(config, local_blocks=4)) as swarm:
+            await swarm.load(folder_of(tiny_llama))
 
 
 async def test_round_trips_are_measured_when_the_model_is_loaded(world, tiny_llama) -> None:

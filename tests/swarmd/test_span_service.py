@@ -1,95 +1,47 @@
 """What a server answers over a network, what it refuses, and that a refusal harms nobody."""
 
 import gc
-import itertools
 import random
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import psutil
 import pytest
 import torch
 import trio
+from span_world import HIDDEN_SIZE, SPAN, STEP_IDS, TIMEOUT_S, SpanWorld, open_span_world, run_step, step_of
 from trio.testing import MockClock
 
 from p2pswarm.blocks.pages import PAGE_TOKENS
 from p2pswarm.blocks.span_model import SpanModel
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.core.errors import RequestRefused, ServerBusy, SessionLost, SwarmingError
-from p2pswarm.core.ids import ModelId, SessionId
-from p2pswarm.core.nursery import open_transparent_nursery
+from p2pswarm.core.ids import ModelId
 from p2pswarm.core.server_info import ServerInfo, ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.net.network import Network
 from p2pswarm.rpc.client import RpcClient
 from p2pswarm.rpc.limits import RPC_PROTOCOL
-from p2pswarm.rpc.remote_session import RemoteSession
-from p2pswarm.rpc.server import RpcServer
-from p2pswarm.testing.memory_network import MemoryNetwork
-from p2pswarm.wire.codecs import decode_tensor, encode_tensor
-from p2pswarm.wire.messages import Codec, Forward, InfoReply, OpenSession, Step
-from swarmd.device_thread import InlineDevice
-from swarmd.handler import Served, SpanService
+from p2pswarm.wire.codecs import encode_tensor
+from p2pswarm.wire.messages import Codec, InfoReply, Step
+from swarmd.handler import Served
 from swarmd.scheduling.work import Kind
 
-SPAN = Span(2, 6)
-HIDDEN_SIZE = 64
 CACHE_TOKENS = 8 * PAGE_TOKENS
 MAX_LENGTH = 64
-TIMEOUT_S = 30.0
 MIB = 1 << 20
-STEP_IDS = itertools.count()
-SESSION_NUMBERS = itertools.count()
-
-
-@dataclass
-class World:
-    """A server of blocks 2:6 and whoever asks it something."""
-
-    memory: MemoryNetwork
-    server: Network
-    rpc: RpcServer
-    service: SpanService
-    model_id: ModelId
-
-    @asynccontextmanager
-    async def client(self, seed: int = 2) -> AsyncIterator[RpcClient]:
-        async with self.memory.node(seed, listens=False) as network:
-            await network.connect(self.server.addresses[0])
-            client = RpcClient(network)
-            yield client
-            client.close()
-
-    def session(self, client: RpcClient, **changes: object) -> AbstractAsyncContextManager[RemoteSession]:
-        request = OpenSession(
-            SessionId(f"session-{next(SESSION_NUMBERS)}"), self.model_id, SPAN, max_length=32, batch_size=1
-        )
-        return client.open_session(self.server.peer_id, replace(request, **changes), TIMEOUT_S)
-
-    async def forward(self, client: RpcClient, hidden_states: torch.Tensor, **changes: object) -> torch.Tensor:
-        request = Forward(self.model_id, SPAN, encode_tensor(hidden_states))
-        reply = await client.forward(self.server.peer_id, replace(request, **changes), TIMEOUT_S)
-        return decode_tensor(reply.hidden_states)
 
 
 @pytest.fixture
-async def world(tiny_checkpoint: Checkpoint, tiny_span: SpanModel) -> AsyncIterator[World]:
-    memory = MemoryNetwork(random.Random(7))
-    async with memory.node(1) as network, open_transparent_nursery() as nursery:
-        served = Served(
-            tiny_checkpoint.model_id, tiny_span, tiny_span.new_pool(CACHE_TOKENS // PAGE_TOKENS), MAX_LENGTH
-        )
-        info = server_info(network, tiny_checkpoint.model_id)
+async def world(tiny_checkpoint: Checkpoint, tiny_span: SpanModel) -> AsyncIterator[SpanWorld]:
+    pool = tiny_span.new_pool(CACHE_TOKENS // PAGE_TOKENS)
+    async with open_span_world(Served(tiny_checkpoint.model_id, tiny_span, pool, MAX_LENGTH), describe) as opened:
+        yield opened
 
-        def describe() -> InfoReply:
-            return InfoReply(replace(info, cache_tokens_left=service.memory.tokens_left))
 
-        service = SpanService(served, InlineDevice(), describe)
-        rpc = RpcServer(network, service)
-        await nursery.start(rpc.run)
-        yield World(memory, network, rpc, service, tiny_checkpoint.model_id)
-        nursery.cancel_scope.cancel()
+def describe(world: SpanWorld) -> InfoReply:
+    info = server_info(world.server, world.model_id)
+    return InfoReply(replace(info, cache_tokens_left=world.service.memory.tokens_left))
 
 
 def server_info(network: Network, model_id: ModelId) -> ServerInfo:
@@ -109,20 +61,8 @@ def server_info(network: Network, model_id: ModelId) -> ServerInfo:
     )
 
 
-def step_of(hidden_states: torch.Tensor, position: int, **more: torch.Tensor) -> Step:
-    parts = {name: encode_tensor(part) for name, part in more.items()}
-    return Step(next(STEP_IDS), position, encode_tensor(hidden_states), **parts)
-
-
-async def run_step(
-    session: RemoteSession, hidden_states: torch.Tensor, position: int, **more: torch.Tensor
-) -> torch.Tensor:
-    reply = await session.step(step_of(hidden_states, position, **more), TIMEOUT_S)
-    return decode_tensor(reply.hidden_states)
-
-
 async def test_a_session_computes_what_the_model_does(
-    autojump_clock: MockClock, world: World, tiny_span: SpanModel
+    autojump_clock: MockClock, world: SpanWorld, tiny_span: SpanModel
 ) -> None:
     hidden_states = torch.randn(1, 12, HIDDEN_SIZE)
     cache = tiny_span.new_cache(1)
@@ -134,7 +74,7 @@ async def test_a_session_computes_what_the_model_does(
 
 
 async def test_a_session_over_a_part_of_the_span_runs_just_that_part(
-    autojump_clock: MockClock, world: World, tiny_span: SpanModel
+    autojump_clock: MockClock, world: SpanWorld, tiny_span: SpanModel
 ) -> None:
     hidden_states = torch.randn(1, 3, HIDDEN_SIZE)
     expected = tiny_span.run(hidden_states, None, position=0, blocks=Span(3, 5))
@@ -145,7 +85,7 @@ async def test_a_session_over_a_part_of_the_span_runs_just_that_part(
 
 @pytest.mark.parametrize(("most_tokens", "num_parts"), [(10, 3), (9, 3), (4, 5), (3, 10), (1, 20)])
 async def test_forward_runs_rows_together_and_long_ones_in_pieces(
-    most_tokens: int, num_parts: int, autojump_clock: MockClock, world: World, tiny_span: SpanModel
+    most_tokens: int, num_parts: int, autojump_clock: MockClock, world: SpanWorld, tiny_span: SpanModel
 ) -> None:
     world.service.dispatcher.costs.tokens_within = lambda kind, time_s: most_tokens
     hidden_states = torch.randn(5, 4, HIDDEN_SIZE)
@@ -163,7 +103,7 @@ async def test_forward_runs_rows_together_and_long_ones_in_pieces(
 
 
 async def test_answers_come_in_the_dtype_and_codec_of_the_request(
-    autojump_clock: MockClock, world: World, tiny_span: SpanModel
+    autojump_clock: MockClock, world: SpanWorld, tiny_span: SpanModel
 ) -> None:
     hidden_states = torch.randn(1, 4, HIDDEN_SIZE)
     async with world.client() as client:
@@ -174,7 +114,9 @@ async def test_answers_come_in_the_dtype_and_codec_of_the_request(
         assert short.dtype is torch.bfloat16
 
 
-async def test_room_is_taken_as_tokens_come_and_comes_back_at_the_end(autojump_clock: MockClock, world: World) -> None:
+async def test_room_is_taken_as_tokens_come_and_comes_back_at_the_end(
+    autojump_clock: MockClock, world: SpanWorld
+) -> None:
     async with world.client() as client:
         async with world.session(client, batch_size=2, max_length=60, first_tokens=3) as session:
             told = await client.info(world.server.peer_id, TIMEOUT_S)
@@ -189,7 +131,7 @@ async def test_room_is_taken_as_tokens_come_and_comes_back_at_the_end(autojump_c
         assert world.service.memory.tokens_left == CACHE_TOKENS
 
 
-async def test_a_session_waits_for_room_as_long_as_its_client_says(autojump_clock: MockClock, world: World) -> None:
+async def test_a_session_waits_for_room_as_long_as_its_client_says(autojump_clock: MockClock, world: SpanWorld) -> None:
     async with world.client() as client:
         async with world.session(client, batch_size=8) as first:
             await run_step(first, torch.randn(8, 3, HIDDEN_SIZE), 0)
@@ -217,7 +159,7 @@ async def test_a_session_waits_for_room_as_long_as_its_client_says(autojump_cloc
 
 
 async def test_the_youngest_session_makes_room_for_the_oldest(
-    autojump_clock: MockClock, world: World, tiny_span: SpanModel
+    autojump_clock: MockClock, world: SpanWorld, tiny_span: SpanModel
 ) -> None:
     hidden_states = torch.randn(4, 40, HIDDEN_SIZE)
     expected = tiny_span.run(hidden_states, None, position=0)
@@ -241,7 +183,7 @@ async def test_the_youngest_session_makes_room_for_the_oldest(
     assert world.service.memory.tokens_left == CACHE_TOKENS
 
 
-async def test_a_client_that_vanishes_gives_its_room_back(autojump_clock: MockClock, world: World) -> None:
+async def test_a_client_that_vanishes_gives_its_room_back(autojump_clock: MockClock, world: SpanWorld) -> None:
     async with world.client() as client, world.session(client) as session:
         await run_step(session, torch.randn(1, 2, HIDDEN_SIZE), 0)
     await trio.sleep(1)
@@ -261,7 +203,7 @@ async def test_a_client_that_vanishes_gives_its_room_back(autojump_clock: MockCl
     ],
 )
 async def test_a_session_that_cannot_be_is_refused(
-    autojump_clock: MockClock, world: World, changes: dict[str, object], complaint: str
+    autojump_clock: MockClock, world: SpanWorld, changes: dict[str, object], complaint: str
 ) -> None:
     async with world.client() as client:
         with pytest.raises(RequestRefused, match=complaint):
@@ -291,7 +233,7 @@ BAD_STEPS = [
 
 @pytest.mark.parametrize(("bad", "complaint"), BAD_STEPS)
 async def test_a_refused_step_changes_nothing(
-    autojump_clock: MockClock, world: World, tiny_span: SpanModel, bad: Step, complaint: str
+    autojump_clock: MockClock, world: SpanWorld, tiny_span: SpanModel, bad: Step, complaint: str
 ) -> None:
     hidden_states = torch.randn(1, 6, HIDDEN_SIZE)
     cache = tiny_span.new_cache(1)
@@ -304,7 +246,7 @@ async def test_a_refused_step_changes_nothing(
         assert torch.equal(await run_step(session, hidden_states[:, 4:], 4), expected)
 
 
-async def misbehave(world: World, client: RpcClient, network: Network) -> None:
+async def misbehave(world: SpanWorld, client: RpcClient, network: Network) -> None:
     """One of everything that strangers do wrong."""
     other_model = ModelId("tiny@0123456789abcdef")
     for changes in ({"model_id": other_model}, {"span": Span(0, 8)}, {"max_length": 1 << 20}, {"batch_size": 1 << 16}):
@@ -328,7 +270,7 @@ async def misbehave(world: World, client: RpcClient, network: Network) -> None:
 
 
 async def test_strangers_misbehaving_do_not_disturb_a_session_nor_take_memory(
-    autojump_clock: MockClock, world: World, tiny_span: SpanModel
+    autojump_clock: MockClock, world: SpanWorld, tiny_span: SpanModel
 ) -> None:
     process = psutil.Process()
     hidden_states = torch.randn(1, 30, HIDDEN_SIZE)
@@ -358,7 +300,7 @@ async def test_strangers_misbehaving_do_not_disturb_a_session_nor_take_memory(
 
 
 async def test_a_hundred_half_open_sessions_leave_room_for_an_honest_one(
-    autojump_clock: MockClock, world: World
+    autojump_clock: MockClock, world: SpanWorld
 ) -> None:
     async with (
         world.memory.node(3, listens=False) as one,
@@ -378,7 +320,7 @@ async def test_a_hundred_half_open_sessions_leave_room_for_an_honest_one(
             await run_step(session, torch.randn(1, 1, HIDDEN_SIZE), 3)
 
 
-async def test_a_hung_client_does_not_keep_its_room_for_ever(autojump_clock: MockClock, world: World) -> None:
+async def test_a_hung_client_does_not_keep_its_room_for_ever(autojump_clock: MockClock, world: SpanWorld) -> None:
     async with world.client() as client, world.session(client) as session:
         await run_step(session, torch.randn(1, 2, HIDDEN_SIZE), 0)
         (client_peer,) = world.server.connected_peers

@@ -1,17 +1,16 @@
 """What is refused of those who train, that it harms nobody, and that nothing of it stays."""
 
 import gc
-import itertools
 import random
 from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import psutil
 import pytest
 import torch
 import trio
+from span_world import HIDDEN_SIZE, SPAN, TIMEOUT_S, SpanWorld, open_span_world, run_step
 from tiny_tunings import LAYERS, tuning_of, wired
 from trio.testing import MockClock
 
@@ -22,83 +21,27 @@ from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.checkpoint.checkpoint import Checkpoint
 from p2pswarm.core.errors import BadRequest, RequestRefused, ServerBusy
 from p2pswarm.core.ids import ModelId, PeerId, SessionId
-from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.core.span import Span
-from p2pswarm.net.network import Network
-from p2pswarm.rpc.client import RpcClient
-from p2pswarm.rpc.remote_session import RemoteSession
-from p2pswarm.rpc.server import RpcServer
-from p2pswarm.testing.memory_network import MemoryNetwork
 from p2pswarm.wire.codecs import decode_tensor, encode_tensor
 from p2pswarm.wire.messages import Backward, BackwardReply, Codec, Forward, OpenSession, Step
 from swarmd.device_thread import InlineDevice
 from swarmd.handler import Served, SpanService
 from swarmd.scheduling.work import Kind
 
-SPAN = Span(2, 6)
-HIDDEN_SIZE = 64
 MAX_LENGTH = 64
 CACHE_TOKENS = 32 * PAGE_TOKENS
-TIMEOUT_S = 30.0
 KIB, MIB = 1 << 10, 1 << 20
 TRAINING_BYTES = 1 * MIB
 MAX_TUNING_BYTES = 40 * KIB
-STEP_IDS = itertools.count()
 TRAINER = PeerId("trainer")
 
 
-@dataclass
-class World:
-    """A server of blocks 2:6 with little room, and whoever asks it something."""
-
-    memory: MemoryNetwork
-    server: Network
-    rpc: RpcServer
-    service: SpanService
-    model: SpanModel
-    model_id: ModelId
-
-    @asynccontextmanager
-    async def client(self, seed: int = 2) -> AsyncIterator[RpcClient]:
-        async with self.memory.node(seed, listens=False) as network:
-            await network.connect(self.server.addresses[0])
-            client = RpcClient(network)
-            yield client
-            client.close()
-
-    def session(self, client: RpcClient, name: str, **changes: Any) -> AbstractAsyncContextManager[RemoteSession]:
-        request = OpenSession(SessionId(name), self.model_id, SPAN, max_length=32, batch_size=1)
-        return client.open_session(self.server.peer_id, replace(request, **changes), TIMEOUT_S)
-
-    def request(self, states: torch.Tensor, gradients: torch.Tensor, **more: Any) -> Backward:
-        return Backward(self.model_id, SPAN, encode_tensor(states), encode_tensor(gradients), **more)
-
-    async def backward(self, client: RpcClient, request: Backward) -> BackwardReply:
-        return await client.backward(self.server.peer_id, request, TIMEOUT_S)
-
-
 @pytest.fixture
-async def world(tiny_checkpoint: Checkpoint, tiny_span: SpanModel) -> AsyncIterator[World]:
-    memory = MemoryNetwork(random.Random(7))
-    async with memory.node(1) as network, open_transparent_nursery() as nursery:
-        served = Served(
-            tiny_checkpoint.model_id,
-            tiny_span,
-            tiny_span.new_pool(CACHE_TOKENS // PAGE_TOKENS),
-            MAX_LENGTH,
-            TRAINING_BYTES,
-            MAX_TUNING_BYTES,
-        )
-        service = SpanService(served, InlineDevice(), lambda: pytest.fail("nobody asks"))
-        rpc = RpcServer(network, service)
-        await nursery.start(rpc.run)
-        yield World(memory, network, rpc, service, tiny_span, tiny_checkpoint.model_id)
-        nursery.cancel_scope.cancel()
-
-
-async def run_step(session: RemoteSession, hidden_states: torch.Tensor, position: int) -> torch.Tensor:
-    step = Step(next(STEP_IDS), position, encode_tensor(hidden_states))
-    return decode_tensor((await session.step(step, TIMEOUT_S)).hidden_states)
+async def world(tiny_checkpoint: Checkpoint, tiny_span: SpanModel) -> AsyncIterator[SpanWorld]:
+    pool = tiny_span.new_pool(CACHE_TOKENS // PAGE_TOKENS)
+    served = Served(tiny_checkpoint.model_id, tiny_span, pool, MAX_LENGTH, TRAINING_BYTES, MAX_TUNING_BYTES)
+    async with open_span_world(served) as opened:
+        yield opened
 
 
 def spoilt(value: float) -> torch.Tensor:
@@ -131,36 +74,36 @@ BAD_TUNINGS = [
 
 @pytest.mark.parametrize(("make", "complaint"), BAD_TUNINGS)
 async def test_a_tuning_that_does_not_fit_is_refused_everywhere(
-    make: Any, complaint: str, autojump_clock: MockClock, world: World
+    make: Any, complaint: str, autojump_clock: MockClock, world: SpanWorld
 ) -> None:
     states = torch.randn(2, 6, HIDDEN_SIZE)
     tuning = make()
     async with world.client() as client:
         with pytest.raises(RequestRefused, match=complaint):
-            await world.backward(client, world.request(states, states, tuning=tuning))
+            await world.backward(client, world.backward_request(states, states, tuning=tuning))
         forward = Forward(world.model_id, SPAN, encode_tensor(states), tuning=tuning)
         with pytest.raises(RequestRefused, match=complaint):
             await client.forward(world.server.peer_id, forward, TIMEOUT_S)
         with pytest.raises(RequestRefused, match=complaint):
-            async with world.session(client, "tuned", tuning=tuning):
+            async with world.session(client, tuning=tuning):
                 pass
     assert (world.service.tunings.num_held, world.service.memory.tokens_left) == (0, CACHE_TOKENS)
 
 
-def bad_requests(world: World) -> list[tuple[Backward, str]]:
+def bad_requests(world: SpanWorld) -> list[tuple[Backward, str]]:
     fine = torch.randn(2, 6, HIDDEN_SIZE)
-    good = world.request(fine, fine)
+    good = world.backward_request(fine, fine)
     return [
-        (world.request(spoilt(float("nan")), fine), "hidden_states hold NaN or infinity"),
-        (world.request(fine, spoilt(float("nan"))), "grad_outputs hold NaN or infinity"),
-        (world.request(fine, spoilt(float("-inf"))), "grad_outputs hold NaN or infinity"),
+        (world.backward_request(spoilt(float("nan")), fine), "hidden_states hold NaN or infinity"),
+        (world.backward_request(fine, spoilt(float("nan"))), "grad_outputs hold NaN or infinity"),
+        (world.backward_request(fine, spoilt(float("-inf"))), "grad_outputs hold NaN or infinity"),
         (
-            world.request(fine, fine.sign() * 3e38),
+            world.backward_request(fine, fine.sign() * 3e38),
             "gradients hold NaN or infinity: .* too large to compute with in float32",
         ),
-        (world.request(torch.randn(2, 6, 32), torch.randn(2, 6, 32)), "hidden states of size 64, got shape"),
-        (world.request(torch.randn(2, 0, 64), torch.randn(2, 0, 64)), "sequences of 1 to 64 tokens, got 0"),
-        (world.request(torch.randn(1, 65, 64), torch.randn(1, 65, 64)), "sequences of 1 to 64 tokens, got 65"),
+        (world.backward_request(torch.randn(2, 6, 32), torch.randn(2, 6, 32)), "hidden states of size 64, got shape"),
+        (world.backward_request(torch.randn(2, 0, 64), torch.randn(2, 0, 64)), "sequences of 1 to 64 tokens, got 0"),
+        (world.backward_request(torch.randn(1, 65, 64), torch.randn(1, 65, 64)), "sequences of 1 to 64 tokens, got 65"),
         (replace(good, span=Span(1, 4)), "this server has blocks 2:6, asked were 1:4"),
         (replace(good, model_id=ModelId("gpt2@0123456789abcdef")), "this server has model tiny@.*, asked was gpt2@"),
         (replace(good, adapter="poet"), "no adapters, asked was poet"),
@@ -169,12 +112,12 @@ def bad_requests(world: World) -> list[tuple[Backward, str]]:
 
 
 async def test_bad_requests_are_refused_and_a_session_beside_them_stays_exact(
-    autojump_clock: MockClock, world: World
+    autojump_clock: MockClock, world: SpanWorld
 ) -> None:
     hidden_states = torch.randn(1, 32, HIDDEN_SIZE)
     cache = world.model.new_cache(1)
     requests = bad_requests(world)
-    async with world.client() as client, world.session(client, "honest") as session, world.client(3) as stranger:
+    async with world.client() as client, world.session(client) as session, world.client(3) as stranger:
         for position, (request, complaint) in zip(range(32), requests, strict=False):
             with pytest.raises(RequestRefused, match=complaint):
                 await world.backward(stranger, request)
@@ -182,7 +125,7 @@ async def test_bad_requests_are_refused_and_a_session_beside_them_stays_exact(
             expected = world.model.run(new, cache, position=position)
             assert torch.equal(await run_step(session, new, position), expected)
         states, gradients = torch.randn(2, 3, 6, HIDDEN_SIZE)
-        reply = await world.backward(stranger, world.request(states, gradients))
+        reply = await world.backward(stranger, world.backward_request(states, gradients))
         torch.testing.assert_close(
             decode_tensor(reply.grad_inputs), world.model.run_backward(states, gradients).inputs, rtol=1e-4, atol=1e-5
         )
@@ -204,7 +147,7 @@ async def test_a_row_too_long_for_the_memory_is_refused_and_a_shorter_one_is_not
 
 
 async def test_a_session_computes_with_its_tuning_and_the_one_beside_it_without(
-    autojump_clock: MockClock, world: World
+    autojump_clock: MockClock, world: SpanWorld
 ) -> None:
     hidden_states = torch.randn(1, 10, HIDDEN_SIZE)
     tuning = tuning_of(SPAN)
@@ -212,8 +155,8 @@ async def test_a_session_computes_with_its_tuning_and_the_one_beside_it_without(
     plain, changed = world.model.new_cache(1), world.model.new_cache(1)
     async with (
         world.client() as client,
-        world.session(client, "tuned", tuning=wired(tuning)) as tuned_session,
-        world.session(client, "plain") as session,
+        world.session(client, tuning=wired(tuning)) as tuned_session,
+        world.session(client) as session,
     ):
         for start, end in ((0, 3), (3, 4), (4, 9), (9, 10)):
             new = hidden_states[:, start:end].contiguous()
@@ -225,7 +168,7 @@ async def test_a_session_computes_with_its_tuning_and_the_one_beside_it_without(
 
 
 async def test_tunings_of_all_sessions_together_are_bounded_and_come_back(
-    autojump_clock: MockClock, world: World
+    autojump_clock: MockClock, world: SpanWorld
 ) -> None:
     tuning = wired(tuning_of(SPAN, rank=6))
     assert MAX_TUNING_BYTES / 2 < tuning.num_bytes <= MAX_TUNING_BYTES
@@ -233,18 +176,19 @@ async def test_tunings_of_all_sessions_together_are_bounded_and_come_back(
     async with world.client() as client, world.client(3) as other:
         most = 4 * MAX_TUNING_BYTES // tuning.num_bytes
         async with trio.open_nursery() as nursery:
-            opened: list[str] = []
+            num_opened = 0
 
-            async def hold(name: str) -> None:
-                async with world.session(client, name, tuning=tuning) as session:
+            async def hold() -> None:
+                nonlocal num_opened
+                async with world.session(client, tuning=tuning) as session:
                     await run_step(session, states, 0)
-                    opened.append(name)
+                    num_opened += 1
                     await trio.sleep_forever()
 
-            for number in range(most):
-                nursery.start_soon(hold, f"session-{number}")
+            for _ in range(most):
+                nursery.start_soon(hold)
             await trio.sleep(1)
-            assert len(opened) == most
+            assert num_opened == most
             assert world.service.tunings.used_bytes == most * tuning.num_bytes
             for call in (other.backward, other.forward):
                 kind = Backward if call == other.backward else Forward
@@ -252,18 +196,20 @@ async def test_tunings_of_all_sessions_together_are_bounded_and_come_back(
                 request: Any = kind(world.model_id, SPAN, encode_tensor(states), *gradients, tuning=tuning)
                 with pytest.raises(ServerBusy, match="no room for a tuning of"):
                     await call(world.server.peer_id, request, TIMEOUT_S)
-            await world.backward(other, world.request(states, states))
+            await world.backward(other, world.backward_request(states, states))
             nursery.cancel_scope.cancel()
         await trio.sleep(1)
         assert world.service.tunings.used_bytes == 0
-        reply = await world.backward(other, world.request(states, states, tuning=tuning))
+        reply = await world.backward(other, world.backward_request(states, states, tuning=tuning))
         assert reply.grad_tuning is not None
 
 
-async def test_the_tuning_of_a_client_that_hangs_is_not_kept_for_ever(autojump_clock: MockClock, world: World) -> None:
-    async with world.client() as client, world.session(client, "hung", tuning=wired(tuning_of(SPAN))) as session:
+async def test_the_tuning_of_a_client_that_hangs_is_not_kept_for_ever(
+    autojump_clock: MockClock, world: SpanWorld
+) -> None:
+    async with world.client() as client, world.session(client, tuning=wired(tuning_of(SPAN))) as session:
         await run_step(session, torch.randn(1, 2, HIDDEN_SIZE), 0)
-        async with world.session(client, "plain") as plain:
+        async with world.session(client) as plain:
             await run_step(plain, torch.randn(1, 2, HIDDEN_SIZE), 0)
             assert world.service.tunings.num_held == 1
         (client_peer,) = world.server.connected_peers
@@ -273,7 +219,7 @@ async def test_the_tuning_of_a_client_that_hangs_is_not_kept_for_ever(autojump_c
         world.memory.resume(client_peer)
 
 
-async def test_a_step_that_a_tuning_makes_infinite_is_refused(autojump_clock: MockClock, world: World) -> None:
+async def test_a_step_that_a_tuning_makes_infinite_is_refused(autojump_clock: MockClock, world: SpanWorld) -> None:
     low_rank = LowRank(torch.full((1, 128), 1e30), torch.full((64, 1), 1e30))
     tuning = wired(SpanTuning(SPAN, None, {5: {"mlp.down_proj": low_rank}}))
     states = torch.randn(1, 2, HIDDEN_SIZE)
@@ -281,14 +227,16 @@ async def test_a_step_that_a_tuning_makes_infinite_is_refused(autojump_clock: Mo
         forward = Forward(world.model_id, SPAN, encode_tensor(states), tuning=tuning)
         with pytest.raises(RequestRefused, match="or the tuning, is too large"):
             await client.forward(world.server.peer_id, forward, TIMEOUT_S)
-        async with world.session(client, "huge", tuning=tuning) as session, world.session(client, "plain") as plain:
+        async with world.session(client, tuning=tuning) as session, world.session(client) as plain:
             with pytest.raises(RequestRefused, match="or the tuning, is too large"):
                 await run_step(session, states, 0)
             expected = world.model.run(states, None, position=0)
             torch.testing.assert_close(await run_step(plain, states, 0), expected, rtol=1e-5, atol=1e-5)
 
 
-async def test_a_session_is_exact_between_the_parts_of_a_tuned_pass(autojump_clock: MockClock, world: World) -> None:
+async def test_a_session_is_exact_between_the_parts_of_a_tuned_pass(
+    autojump_clock: MockClock, world: SpanWorld
+) -> None:
     world.service.dispatcher.costs.tokens_within = lambda kind, time_s: 1  # type: ignore[method-assign]
     hidden_states = torch.randn(1, 32, HIDDEN_SIZE)
     states, gradients = torch.randn(2, 6, 8, HIDDEN_SIZE)
@@ -297,7 +245,7 @@ async def test_a_session_is_exact_between_the_parts_of_a_tuned_pass(autojump_clo
     replies: list[BackwardReply] = []
 
     async def train() -> None:
-        request = world.request(states, gradients, tuning=wired(tuning))
+        request = world.backward_request(states, gradients, tuning=wired(tuning))
         replies.append(await world.service.backward(TRAINER, request))
 
     opening = OpenSession(SessionId("reader"), world.model_id, SPAN, max_length=32, batch_size=1)
@@ -321,7 +269,7 @@ async def test_a_session_is_exact_between_the_parts_of_a_tuned_pass(autojump_clo
     )
 
 
-async def test_memory_is_what_it_was_after_two_hundred_calls(autojump_clock: MockClock, world: World) -> None:
+async def test_memory_is_what_it_was_after_two_hundred_calls(autojump_clock: MockClock, world: SpanWorld) -> None:
     process = psutil.Process()
     rss_bytes = []
     dice = random.Random(3)
@@ -331,7 +279,7 @@ async def test_memory_is_what_it_was_after_two_hundred_calls(autojump_clock: Moc
             states, gradients = torch.randn(2, rows, tokens, HIDDEN_SIZE)
             tuning = wired(tuning_of(SPAN, seed=number)) if number % 2 else None
             codec = dice.choice([Codec.NONE, Codec.BLOCKWISE_INT8])
-            await world.backward(client, world.request(states, gradients, tuning=tuning, codec=codec))
+            await world.backward(client, world.backward_request(states, gradients, tuning=tuning, codec=codec))
             if number in (39, 239):
                 gc.collect()
                 rss_bytes.append(process.memory_info().rss)

@@ -21,13 +21,22 @@ from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.checkpoint.local_model import load_local_model
 from swarm_cli.sample_model import sample_model
 
-pytestmark = [pytest.mark.real, pytest.mark.skipif(missing_for_lab() is not None, reason=str(missing_for_lab()))]
+MISSING = missing_for_lab()
+
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.slow,
+    pytest.mark.alone,
+    pytest.mark.skipif(MISSING is not None, reason=str(MISSING)),
+]
 
 PROMPT = "Once upon a time, in a village by the sea,"
 NUM_TOKENS = 96
 START_TO_SERVING_S = 20.0
 """What an operator waits, at most, until a client behind another router has an answer."""
 ANSWER_TIMEOUT_S = 60.0
+EVENT_TIMEOUT_S = 60.0
+"""Ten programs that start at once on two cores take a while to say anything."""
 
 
 class Program:
@@ -44,7 +53,8 @@ class Program:
             text=True,
         )
         self._lines: Queue[dict[str, Any]] = Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -65,7 +75,7 @@ class Program:
             seen.append(line)
         raise AssertionError(f"not told within {within_s} s; told was {seen}")
 
-    def event(self, name: str, within_s: float = 20.0, **values: object) -> dict[str, Any]:
+    def event(self, name: str, within_s: float = EVENT_TIMEOUT_S, **values: object) -> dict[str, Any]:
         def is_wanted(line: dict[str, Any]) -> bool:
             return line.get("event") == name and values.items() <= line.items()
 
@@ -87,6 +97,9 @@ class Program:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
+        self._reader.join()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
         self._errors.close()
 
 

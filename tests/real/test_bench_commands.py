@@ -33,6 +33,13 @@ def test_one_client_is_measured_over_servers_of_its_own(tiny_servers: TinyServer
     assert min(printed["local_tokens_per_s"], printed["swarm_tokens_per_s"], printed["swarm_first_token_s"]) > 0
 
 
+def test_a_client_that_keeps_blocks_is_measured(tiny_servers: TinyServers) -> None:
+    flags = ("--local-blocks", "2", "--new-tokens", "4", "--prompt-tokens", "20")
+    printed = bench(tiny_servers, *flags)
+    assert (printed["is_exact"], printed["local_blocks"]) == (True, 2)
+    assert [(hop["start"], hop["end"]) for hop in printed["route"]] == [(2, 3), (3, 6)]
+
+
 @pytest.mark.parametrize(
     ("flags", "kind"),
     [

@@ -68,6 +68,17 @@ def test_seed_makes_sampling_the_local_models(tiny_servers: TinyServers) -> None
     )
 
 
+def test_blocks_are_kept_here_where_it_is_asked_for(tiny_servers: TinyServers) -> None:
+    printed = json.loads(
+        generate(tiny_servers, PROMPT, "--max-new-tokens", "6", "--local-blocks", "2", "--json").stdout
+    )
+    assert printed["token_ids"] == local_tokens(tiny_servers, 6)
+    assert [(hop["start"], hop["end"]) for hop in printed["route"]] == [(2, 3), (3, 6)]
+    refused = generate(tiny_servers, PROMPT, "--local-blocks", "4")
+    assert refused.returncode == 1
+    assert "local_blocks 4 are kept of each end of a model, and leave nothing of the 8 blocks" in refused.stderr
+
+
 def test_prompt_comes_from_stdin_where_none_is_given(tiny_servers: TinyServers) -> None:
     done = generate(tiny_servers, "--max-new-tokens", "3", "--json", stdin=PROMPT)
     assert json.loads(done.stdout)["token_ids"] == local_tokens(tiny_servers, 3)

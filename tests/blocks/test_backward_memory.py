@@ -1,4 +1,5 @@
-"""What going back takes in memory: the inputs of all blocks, and the notes of one block, whatever its weights are."""
+"""What going back takes in memory: the inputs of all blocks, and the notes of as many as keep them, whatever their
+weights are."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -32,9 +33,9 @@ def span(tmp_path_factory: pytest.TempPathFactory) -> SpanModel:
     return load_span(open_checkpoint(str(folder)), Span(0, 8))
 
 
-def peak_bytes(span: SpanModel, *, rows: int = 2, tokens: int = 128, num_blocks: int = 4) -> int:
+def peak_bytes(span: SpanModel, *, rows: int = 2, tokens: int = 128, num_blocks: int = 4, num_noted: int = 1) -> int:
     states, grads = torch.randn(2, rows, tokens, HIDDEN).unbind()
-    return peak_tensor_bytes(lambda: span.run_backward(states, grads, blocks=Span(0, num_blocks)))
+    return peak_tensor_bytes(lambda: span.run_backward(states, grads, blocks=Span(0, num_blocks), num_noted=num_noted))
 
 
 def test_each_block_more_takes_its_inputs_and_no_more(span: SpanModel) -> None:
@@ -43,6 +44,14 @@ def test_each_block_more_takes_its_inputs_and_no_more(span: SpanModel) -> None:
     entering = rows * tokens * HIDDEN * FLOAT_BYTES
     assert [after - before for before, after in pairwise(peaks)] == [entering] * 6
     assert peaks[0] < (2 + MOST_NOTES) * entering
+
+
+def test_each_block_more_that_notes_takes_its_notes_and_no_more(span: SpanModel) -> None:
+    rows, tokens = 3, 100
+    peaks = [peak_bytes(span, rows=rows, tokens=tokens, num_blocks=8, num_noted=count) for count in range(1, 9)]
+    differences = [after - before for before, after in pairwise(peaks)]
+    assert len(set(differences[1:])) == 1
+    assert 0 < differences[0] <= differences[1] < MOST_NOTES * rows * tokens * HIDDEN * FLOAT_BYTES
 
 
 def test_a_row_more_takes_what_a_row_takes(span: SpanModel) -> None:

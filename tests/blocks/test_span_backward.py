@@ -18,7 +18,7 @@ from p2pswarm.blocks.adapters import fit_adapter
 from p2pswarm.blocks.architecture import lay_out
 from p2pswarm.blocks.packed_weights import JoinedLinear
 from p2pswarm.blocks.quantized_linear import KernelLinear, bitsandbytes_linear
-from p2pswarm.blocks.span_backward import Gradients
+from p2pswarm.blocks.span_backward import Gradients, num_stages
 from p2pswarm.blocks.span_model import BatchedStep, SpanModel, load_span
 from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.checkpoint.adapter_files import open_adapter
@@ -36,6 +36,8 @@ BATCH, TOKENS = 2, 13
 """Past a sliding window of 8 tokens."""
 FLOAT32_ERROR = 1e-4
 """Relative, of each tensor of gradients."""
+ROUNDING = 1e-5
+"""Likewise: few tokens without gradients go through a kernel of their own."""
 BFLOAT16_ERROR = 0.05
 """Likewise, of a tiny random model's; the local model's err by up to 0.034."""
 
@@ -95,6 +97,9 @@ def test_gradients_are_those_of_the_local_model(model_type: str, tmp_path: Path)
     )
     got = span.run_backward(states, grads, tuning=span.fit_tuning(tuning))
     assert max(relative_errors(got, local.gradients(states, grads, tuning))) < FLOAT32_ERROR
+    for num_noted in (2, SPAN.num_blocks):
+        noted = span.run_backward(states, grads, tuning=span.fit_tuning(tuning), num_noted=num_noted)
+        assert max(relative_errors(noted, got)) < ROUNDING
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -165,6 +170,12 @@ def test_an_adapter_of_the_server_s_own_stays_active(llama: Checkpoint, tmp_path
     assert max(relative_errors(got, local.gradients(states, grads, tuning))) < FLOAT32_ERROR
     without = span.run_backward(states, grads, tuning=tuning)
     assert max(relative_errors(without, got)) > 0.1
+    for num_noted in (1, 3):
+        trip = span.start_backward(states, grads, tuning=tuning, adapter=adapter.adapter_id, num_noted=num_noted)
+        while not trip.is_done:
+            span.run(states, None, position=0)  # without the adapter, between any two stages
+            trip.go_on(1)
+        assert max(relative_errors(trip.gradients, got)) < ROUNDING
 
 
 def test_without_a_tuning_only_the_inputs_gradients_come(llama: Checkpoint, span: SpanModel) -> None:
@@ -282,6 +293,27 @@ def test_the_graph_of_a_single_token_is_not_kept(span: SpanModel) -> None:
     before = num_graph_nodes()
     states, grads = states_and_gradients(batch=1, tokens=1)
     span.run_backward(states, grads)
+    assert num_graph_nodes() == before
+
+
+def test_a_round_trip_takes_as_many_stages_as_is_said(span: SpanModel) -> None:
+    states, grads = states_and_gradients()
+    for num_noted in range(1, SPAN.num_blocks + 1):
+        trip = span.start_backward(states, grads, num_noted=num_noted)
+        trip.go_on(num_stages(SPAN.num_blocks, num_noted) - 1)
+        assert not trip.is_done
+        trip.go_on(1)
+        assert trip.is_done
+
+
+@pytest.mark.parametrize("num_stages_taken", range(1, 10))
+def test_nothing_is_left_of_a_round_trip_that_was_given_up(span: SpanModel, num_stages_taken: int) -> None:
+    before = num_graph_nodes()
+    states, grads = states_and_gradients()
+    trip = span.start_backward(states, grads, num_noted=2)
+    trip.go_on(num_stages_taken)
+    assert num_graph_nodes() > before or num_stages_taken in (1, 2, 6, 8)
+    del trip
     assert num_graph_nodes() == before
 
 

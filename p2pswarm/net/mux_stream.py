@@ -146,8 +146,11 @@ class MuxStream:
                 self._owner.send_data(self, piece if is_constant else bytes(piece))
                 start = end
 
-    def write_now(self, data: bytes) -> int:
-        """Sends what goes without waiting, one frame at most; how many bytes that was. Not while `write` is at it."""
+    def write_now(self, data: bytes | bytearray) -> int:
+        """Sends what goes without waiting, one frame at most; how many bytes that was.
+
+        Not while `write` is at it; `data` must never change again. Raises `ConnectionLost`.
+        """
         self._raise_if_not_writable()
         if not self._owner.has_room():
             return 0

@@ -18,7 +18,8 @@ from p2pswarm.net.path import ConnectionPath
 from p2pswarm.net.pipe import Pipe
 from p2pswarm.net.traffic import Traffic
 
-MAX_PLAINTEXT_BYTES = 65535 - 16
+TAG_BYTES = 16
+MAX_PLAINTEXT_BYTES = 65535 - TAG_BYTES
 """Of one noise message: 65,535 bytes with its tag."""
 LENGTH_BYTES = 2
 READ_BYTES = 256 * 1024
@@ -83,7 +84,9 @@ class NoiseSession(SecureSession):
 
     async def write_all(self, buffers: Sequence[bytes | memoryview]) -> None:
         """Encrypts the buffers as one run of bytes and sends it, after what `write_now` has left."""
-        data, self._unsent = self._unsent + self._encrypt(buffers), b""
+        data = self._encrypt(buffers)
+        if self._unsent:
+            data, self._unsent = self._unsent + data, b""
         await self._pipe.send_all(data)
 
     def write_now(self, buffers: Sequence[bytes | memoryview]) -> bool:
@@ -93,19 +96,23 @@ class NoiseSession(SecureSession):
         """
         data = self._encrypt(buffers)
         num_sent = self._pipe.send_now(data)
-        self._unsent = data[num_sent:]
+        self._unsent = bytes(data[num_sent:])
         return not self._unsent
 
-    def _encrypt(self, buffers: Sequence[bytes | memoryview]) -> bytes:
+    def _encrypt(self, buffers: Sequence[bytes | memoryview]) -> bytes | bytearray:
+        """Straight into what is sent: pieces that are put together afterwards take as long as encrypting them."""
         plaintext = memoryview(buffers[0] if len(buffers) == 1 else b"".join(buffers))
-        messages: list[bytes] = []
+        num_messages = -(-len(plaintext) // MAX_PLAINTEXT_BYTES)
+        data = bytearray(len(plaintext) + num_messages * (LENGTH_BYTES + TAG_BYTES))
+        view = memoryview(data)
+        end = 0
         for start in range(0, len(plaintext), MAX_PLAINTEXT_BYTES):
-            message = self._encryption.encrypt(
-                _nonce(self._num_encrypted), plaintext[start : start + MAX_PLAINTEXT_BYTES], None
-            )
+            piece = plaintext[start : start + MAX_PLAINTEXT_BYTES]
+            message_start = end + LENGTH_BYTES
+            data[end:message_start] = (len(piece) + TAG_BYTES).to_bytes(LENGTH_BYTES, "big")
+            end = message_start + len(piece) + TAG_BYTES
+            self._encryption.encrypt_into(_nonce(self._num_encrypted), piece, None, view[message_start:end])
             self._num_encrypted += 1
-            messages += (len(message).to_bytes(LENGTH_BYTES, "big"), message)
-        data = b"".join(messages)
         self._traffic.sent_bytes += len(data)
         return data
 

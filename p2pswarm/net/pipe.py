@@ -24,7 +24,7 @@ class Pipe(Protocol):
     @property
     def path(self) -> ConnectionPath: ...
 
-    async def send_all(self, data: bytes) -> None:
+    async def send_all(self, data: bytes | bytearray) -> None:
         """Returns when all is on its way; cancelled, it may have sent a part."""
         ...
 
@@ -32,7 +32,7 @@ class Pipe(Protocol):
         """What has arrived, at least one byte; `b""` at the end."""
         ...
 
-    def send_now(self, data: bytes) -> int:
+    def send_now(self, data: bytes | bytearray) -> int:
         """Sends what goes without waiting; how many bytes that was. Not while `send_all` is under way."""
         ...
 
@@ -53,7 +53,7 @@ class TcpPipe:
         self._stream = stream
         self._closed = trio.Event()
 
-    async def send_all(self, data: bytes) -> None:
+    async def send_all(self, data: bytes | bytearray) -> None:
         try:
             await self._stream.send_all(data)
         except SOCKET_ERRORS as error:
@@ -65,7 +65,7 @@ class TcpPipe:
         except SOCKET_ERRORS as error:
             raise ConnectionLost(f"the connection broke: {error}") from error
 
-    def send_now(self, data: bytes) -> int:
+    def send_now(self, data: bytes | bytearray) -> int:
         if not CAN_WRITE_TO_SOCKETS:
             return 0
         try:

@@ -56,15 +56,20 @@ class Transport:
         assert self._server.stdout is not None
         line = b""
         while not line.endswith(b"\n"):
-            line += await self._server.stdout.receive_some(10_000)
+            more = await self._server.stdout.receive_some(10_000)
+            assert more, f"the server of {self.name} has ended"
+            line += more
         return line.decode().strip()
 
     async def cpu_s(self) -> float:
         """CPU seconds of client and server so far."""
+        times = os.times()
+        return await self.server_cpu_s() + times.user + times.system
+
+    async def server_cpu_s(self) -> float:
         assert self._server.stdin is not None
         await self._server.stdin.send_all(b"\n")
-        times = os.times()
-        return float(await self.server_line()) + times.user + times.system
+        return float(await self.server_line())
 
     async def measure_round_trips(self, num_requests: int) -> None:
         request = bytes(REQUEST_BYTES)
@@ -103,7 +108,7 @@ async def measure(rounds: int, num_requests: int, num_mebibytes: int) -> dict[st
         transports = []
         for name, open_client in CLIENTS.items():
             command = [sys.executable, "-m", "simulations.transport.peers", name]
-            server = await nursery.start(_run_server, command)
+            server = await nursery.start(run_server, command)
             transport = Transport(name, server)
             open_channel = await stack.enter_async_context(open_client(await transport.server_line()))
             transport.echo = await open_channel(ECHO)
@@ -122,7 +127,7 @@ async def measure(rounds: int, num_requests: int, num_mebibytes: int) -> dict[st
     return medians
 
 
-async def _run_server(command: list[str], task_status: trio.TaskStatus[trio.Process]) -> None:
+async def run_server(command: list[str], task_status: trio.TaskStatus[trio.Process]) -> None:
     await trio.run_process(
         command,
         stdin=subprocess.PIPE,

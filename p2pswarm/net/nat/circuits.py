@@ -40,13 +40,13 @@ class CircuitPipe:
         self._stream = stream
         self._closed = trio.Event()
 
-    async def send_all(self, data: bytes) -> None:
+    async def send_all(self, data: bytes | bytearray) -> None:
         await self._stream.write(data)
 
     async def receive_some(self, max_bytes: int) -> bytes:
         return await self._stream.read(max_bytes)
 
-    def send_now(self, data: bytes) -> int:
+    def send_now(self, data: bytes | bytearray) -> int:
         return self._stream.write_now(data) if isinstance(self._stream, MuxStream) else 0
 
     async def aclose(self) -> None:

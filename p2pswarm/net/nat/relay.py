@@ -21,6 +21,7 @@ from p2pswarm.core.errors import (
     RemoteError,
 )
 from p2pswarm.core.ids import PeerId
+from p2pswarm.net.mux_stream import MAX_FRAME_BYTES
 from p2pswarm.net.nat.relay_limits import Circuit, RelayAccounts, RelayLimits, RelayStatistics
 from p2pswarm.net.nat.relay_messages import (
     HOP_PROTOCOL,
@@ -42,8 +43,8 @@ REQUEST_TIMEOUT_S = 8.0
 """Until a peer that has opened a stream must have said what it wants."""
 CONNECT_TIMEOUT_S = 5.0
 """Until the target must have taken up a circuit: the source waits, and may have other ways to try."""
-RELAYED_PIECE_BYTES = 64 * 1024
-"""Read at a time; at 8 MiB/s a circuit that sends much delays others by 8 ms."""
+RELAYED_PIECE_BYTES = MAX_FRAME_BYTES
+"""Read at a time: a full frame goes on as one. At 8 MiB/s, a circuit that sends much delays the others by 8 ms."""
 LINGER_S = 5.0
 """After one end has closed its side, for what the other may still have to say."""
 

@@ -23,7 +23,6 @@ from p2pswarm.core.ids import PeerId
 from p2pswarm.core.reachability import Reachability
 from p2pswarm.core.server_info import ServerInfo
 from p2pswarm.dht.node import DhtNode
-from p2pswarm.net.host import Host
 from p2pswarm.net.nat.own_addresses import addresses_to_publish, dial_back_ports
 from p2pswarm.net.nat.port_mapping import PortMapper
 from p2pswarm.net.nat.probing import Probing, ask_peers, whom_to_ask
@@ -33,6 +32,7 @@ from p2pswarm.net.nat.relay_choice import RelayCandidate
 from p2pswarm.net.nat.relay_keeper import RelayKeeper
 from p2pswarm.net.nat.relay_limits import RelayLimits
 from p2pswarm.net.nat.reservation import reserve
+from p2pswarm.net.network import Network
 from swarmd.config import NodeConfig
 from swarmd.events import Events
 
@@ -50,7 +50,7 @@ class Reaching:
     def __init__(
         self,
         config: NodeConfig,
-        host: Host,
+        host: Network,
         dht: DhtNode,
         clock: Clock,
         random: Random,

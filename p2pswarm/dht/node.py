@@ -104,7 +104,7 @@ class DhtNode:
         """
         self._neighbours.serves = serves and self._config.serve and bool(self._network.addresses)
         self._neighbours.forget_own_addresses()
-        if self.serves and not self._neighbours.is_alone:
+        if not self._neighbours.is_alone:
             await self._upkeep.make_ourselves_known()
 
     def contacts(self) -> list[Contact]:

@@ -9,6 +9,7 @@ import pytest
 import trio
 
 from p2pswarm.core.errors import ConnectionLost, DeadlineExceeded, ProtocolViolation
+from p2pswarm.core.ids import PeerId
 from p2pswarm.net.nat.probing import (
     ANSWER_TIMEOUT_S,
     DIAL_TIMEOUT_S,
@@ -18,6 +19,7 @@ from p2pswarm.net.nat.probing import (
     Probing,
     ask_peer,
     ask_peers,
+    whom_to_ask,
 )
 from p2pswarm.net.network import Stream
 from p2pswarm.testing.memory_network import MemoryNetwork
@@ -158,6 +160,15 @@ async def test_a_peer_that_does_not_probe_is_no_report(autojump_clock):
     async with asker_and_prober() as (memory, asker, prober), memory.node(3) as other:
         await asker.connect(other.addresses[0])
         assert len(await ask_peers(asker, [other.peer_id, prober.peer_id], [PORT])) == 1
+
+
+def test_one_peer_on_each_machine_is_asked_first():
+    hosts = {PeerId(name): host for name, host in zip("abcdef", ["beside us"] * 4 + ["far", "farther"], strict=True)}
+    for seed in range(20):
+        order = whom_to_ask(hosts, Random(seed))
+        assert sorted(order) == list("abcdef")
+        assert {hosts[peer_id] for peer_id in order[:3]} == {"beside us", "far", "farther"}
+    assert whom_to_ask({}, Random(1)) == []
 
 
 async def never(*_: object) -> None:

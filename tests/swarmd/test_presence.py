@@ -1,7 +1,7 @@
 """What a server announces follows what is so, and is announced again after an outage."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import trio
 from fixed_reach import FixedReach
@@ -53,7 +53,28 @@ def unchanged(info: ServerInfo) -> ServerInfo:
     return info
 
 
-def make_presence() -> tuple[NotingAnnouncer, Presence]:
+class ChangingReach:
+    """Addresses that become known, and others."""
+
+    def __init__(self) -> None:
+        self.next_change = trio.Event()
+        self._settled = trio.Event()
+        self._addresses: tuple[str, ...] = ()
+
+    async def wait_settled(self) -> None:
+        await self._settled.wait()
+
+    def stamped(self, info: ServerInfo) -> ServerInfo:
+        return replace(info, addresses=self._addresses)
+
+    def move(self, *addresses: str) -> None:
+        self._addresses = addresses
+        self._settled.set()
+        self.next_change.set()
+        self.next_change = trio.Event()
+
+
+def make_presence(reach: ChangingReach | None = None) -> tuple[NotingAnnouncer, Presence]:
     info = ServerInfo(
         peer_id=PeerId("12D3KooWabc"),
         model_id=ModelId("tiny@0123456789abcdef"),
@@ -69,7 +90,7 @@ def make_presence() -> tuple[NotingAnnouncer, Presence]:
         cache_tokens_left=1000,
     )
     announcer = NotingAnnouncer()
-    return announcer, Presence(announcer, info, FixedReach())
+    return announcer, Presence(announcer, info, reach or FixedReach())
 
 
 async def test_a_change_of_state_is_announced_and_remembered() -> None:
@@ -130,3 +151,29 @@ async def test_an_outage_is_told_once_and_ends_with_a_new_announcement(
     await trio.sleep(3 * SWARM_CHECK_PERIOD_S)
     assert events.names == ["swarm_lost", "swarm_found"]
     assert announcer.announced == [presence.info]
+
+
+async def test_nothing_is_announced_before_it_is_known_how_others_reach_us(
+    autojump_clock: MockClock, nursery: trio.Nursery
+) -> None:
+    reach = ChangingReach()
+    announcer, presence = make_presence(reach)
+    nursery.start_soon(presence.become, ServerState.ONLINE)
+    await trio.sleep(1)
+    assert announcer.announced == []
+    reach.move("/by/relay")
+    await trio.sleep(1)
+    assert [info.addresses for info in announcer.announced] == [("/by/relay",)]
+    assert presence.info.addresses == ("/by/relay",)
+
+
+async def test_a_new_way_to_reach_us_is_announced_once(autojump_clock: MockClock, nursery: trio.Nursery) -> None:
+    reach = ChangingReach()
+    announcer, presence = make_presence(reach)
+    reach.move("/by/one")
+    nursery.start_soon(presence.follow_reach)
+    await trio.sleep(1)
+    for address in ("/by/one", "/by/other", "/by/other"):
+        reach.move(address)
+        await trio.sleep(1)
+    assert [info.addresses for info in announcer.announced] == [("/by/one",), ("/by/other",)]

@@ -140,3 +140,25 @@ def test_every_setting_has_a_reader() -> None:
 
 def test_a_token_is_not_shown() -> None:
     assert "secret" not in repr(ServerConfig(model="m", token="secret"))
+
+
+def test_how_others_reach_a_node_can_be_told(tmp_path: Path) -> None:
+    path = write(tmp_path, 'public-ip = "192.0.2.7"\nno-upnp = true\nno-relay = true\nrelay-rate = "2MiB"\n')
+    config = read_config(NodeConfig, {}, path)
+    assert (config.public_ip, config.no_upnp, config.no_relay) == ("192.0.2.7", True, True)
+    assert config.relay_rate == 2 << 20
+    assert read_config(NodeConfig, {}).relay_rate is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        ({"public_ip": "home.example.org"}, "public-ip: wanted an IP address, got 'home.example.org'"),
+        ({"public_ip": "0.0.0.0"}, "public-ip: wanted an IP address"),
+        ({"public_ip": "192.0.2.7", "announce": ["/ip4/192.0.2.7/tcp/1"]}, "public-ip: wanted not together"),
+        ({"relay_rate": "0"}, "relay-rate: "),
+    ],
+)
+def test_what_cannot_be_where_others_reach_a_node_is_refused(flags: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        read_config(NodeConfig, flags)

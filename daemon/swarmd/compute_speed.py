@@ -11,7 +11,8 @@ import torch
 
 from p2pswarm.blocks.kv_cache import SpanCache
 from p2pswarm.blocks.pages import PAGE_TOKENS
-from p2pswarm.blocks.span_model import BatchedStep, SpanModel
+from p2pswarm.blocks.span_model import SpanModel
+from p2pswarm.blocks.span_steps import BatchedStep
 from swarmd.throughput import MEASURED_ROWS, ComputeSpeed, Measurement
 
 MEASURED_DECODE_S = 0.07

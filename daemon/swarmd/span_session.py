@@ -17,7 +17,8 @@ import torch
 import trio
 
 from p2pswarm.blocks.kv_pool import KVPool
-from p2pswarm.blocks.span_model import BatchedStep, PreparedStep, SpanModel
+from p2pswarm.blocks.span_model import SpanModel
+from p2pswarm.blocks.span_steps import BatchedStep, PreparedStep
 from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.core.errors import SessionLost
 from p2pswarm.core.ids import PeerId

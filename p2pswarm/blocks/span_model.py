@@ -9,27 +9,28 @@ found, `stand_ins.py` for what fills the rest, and `span_backward.py` for how gr
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from p2pswarm.blocks.adapted_layers import adapt_layers
 from p2pswarm.blocks.adapters import Adapter, LoadedAdapter
 from p2pswarm.blocks.architecture import Layout, lay_out, layer_kinds, layer_windows
 from p2pswarm.blocks.batch_attention import Rows, RowsCache, attention_by_rows
 from p2pswarm.blocks.kv_cache import SpanCache, own_pool_pages
-from p2pswarm.blocks.kv_pool import KVPool, LayerShape, StateShape
+from p2pswarm.blocks.kv_pool import KVPool, LayerShape
 from p2pswarm.blocks.lean_modules import make_lean
 from p2pswarm.blocks.loading import LOADING, load_weights
 from p2pswarm.blocks.packed_weights import pack_weights
 from p2pswarm.blocks.quantization import check_quantizable, load_quantized, rounding_of
 from p2pswarm.blocks.span_backward import Gradients, RoundTrip, Way, run_blocks
 from p2pswarm.blocks.span_block import BlockCall, Passage, SpanBlock
+from p2pswarm.blocks.span_steps import BatchedStep, PreparedStep
+from p2pswarm.blocks.span_trials import batches_exactly, kept_layers, prepares_exactly
 from p2pswarm.blocks.stand_ins import BlockList, PassThrough, empty_outside
 from p2pswarm.blocks.tuned_layers import TunedLayers
 from p2pswarm.blocks.tuning import SpanTuning, fit_tuning
@@ -37,45 +38,6 @@ from p2pswarm.blocks.weight_source import WeightSource
 from p2pswarm.core.errors import ConfigError, UnsupportedModelError
 from p2pswarm.core.quantization import Quantization
 from p2pswarm.core.span import Span
-
-MODEL_CODE_FAILURES = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-"""What transformers' code raises when it meets a model in pieces that it cannot run."""
-
-
-TRIED_LENGTHS = (10, 3)
-"""Tokens of the sessions with which batches are tried: as few as show that each keeps its own, at every start."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PreparedStep:
-    """What the blocks will be told of one more token, beside its hidden states. It holds the cache it is for."""
-
-    cache: SpanCache
-    blocks: Span
-    position: int
-    calls: tuple[BlockCall, ...]
-
-    def is_for(self, cache: SpanCache | None, blocks: Span, position: int, num_tokens: int) -> bool:
-        return cache is self.cache and (blocks, position, 1) == (self.blocks, self.position, num_tokens)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class BatchedStep:
-    """One token more for each row of a session."""
-
-    cache: SpanCache
-    hidden_states: torch.Tensor
-    """[rows, 1, hidden]"""
-    position: int
 
 
 class SpanModel:
@@ -99,7 +61,6 @@ class SpanModel:
         self._accepted = frozenset(inspect.signature(type(self._decoder).forward).parameters)
         self._config = layout.model.config
         self._windows = layer_windows(self._config)
-        self._has_chunks = "chunked_attention" in layer_kinds(self._config)
         self._passage = Passage(span)
         self._layer_shapes: dict[int, LayerShape] = {}
         self._blocks = {index: layout.blocks[index] for index in range(span.start, span.end)}
@@ -112,9 +73,11 @@ class SpanModel:
         make_lean(self._decoder)
         self._tuned_layers = TunedLayers(self._blocks)
         self.can_train = True  # until it is tried
-        self.can_train = self._prepares_exactly()
+        self.can_train = prepares_exactly(self)
         """Whether `run_backward` works, and prompts can be added at each block."""
-        self.can_batch = self._batches_exactly()
+        # What a chunked layer sees is not the last so many tokens, which a trial so short would not show.
+        has_chunks = "chunked_attention" in layer_kinds(self._config)
+        self.can_batch = not has_chunks and batches_exactly(self, rounding_of(self._decoder, dtype))
         """Whether `run_batch` gives what `run` gives, but for rounding."""
 
     @property
@@ -390,85 +353,21 @@ class SpanModel:
         finally:
             passage.hidden_states = passage.output = None
 
-    def _prepares_exactly(self) -> bool:
-        """Tries whether a prepared token comes out bit for bit as any other: whether all that this model does between
-        its blocks is to hand the hidden states on. Another session's token is prepared in between.
-        """
-        first, second = torch.randn(2, 1, 1, self.hidden_size, generator=torch.Generator().manual_seed(0))
-        cache = self.new_cache(1)
-        try:
-            self.run(first, cache, position=0)
-            expected = self.run(second, cache, position=1)
-            cache.crop(1)
-            prepared = self.prepare(cache)
-            self.prepare(self.new_cache(1))
-            return torch.equal(self.run(second, cache, position=1, prepared=prepared), expected)
-        except MODEL_CODE_FAILURES:
-            return False
-
-    def _batches_exactly(self) -> bool:
-        """Tries two sessions of different lengths apart and together.
-
-        What a chunked layer sees is not the last so many tokens, which a trial as short as this would not show.
-        """
-        if self._has_chunks:
-            return False
-        generator = torch.Generator().manual_seed(0)
-        pool = self.new_pool(len(TRIED_LENGTHS))
-        try:
-            steps = []
-            for length in TRIED_LENGTHS:
-                states = torch.randn(1, length + 1, self.hidden_size, generator=generator)
-                cache = self.new_cache(1, pool=pool)
-                self.run(states[:, :length], cache, position=0)
-                steps.append(BatchedStep(cache, states[:, length:], length))
-            apart = [self.run(step.hidden_states, step.cache, position=step.position) for step in steps]
-            together = self.run_batch(steps)
-        except MODEL_CODE_FAILURES:
-            return False
-        tolerance = rounding_of(self._decoder, self.dtype) ** 0.5
-        return all(
-            torch.dist(got, expected) <= tolerance * torch.dist(expected, step.hidden_states.to(expected))
-            for step, expected, got in zip(steps, apart, together, strict=True)
-        )
-
     @torch.inference_mode()
     def _try_out(self) -> None:
         """Runs one token: shows that the span works, and what each of its layers keeps of a token."""
-        layers: list[Any] = [
-            DynamicLayer() if window is None else DynamicSlidingWindowLayer(window)  # type: ignore[no-untyped-call]
-            for window in self._windows
-        ]
-        try:
+
+        def run(cache: Cache) -> None:
             token = torch.zeros(1, 1, self.hidden_size, dtype=self.dtype, device=self.device)
-            self._run_decoder(token, Cache(layers=layers), self.span, {})
-        except MODEL_CODE_FAILURES as error:
-            raise UnsupportedModelError(
-                f"a {type(self._decoder).__name__} cannot run only some of its blocks: {error!r}"
-            ) from error
-        forgetful = [index for index in self._blocks if layers[index].get_seq_length() != 1]
-        if forgetful:
-            raise UnsupportedModelError(
-                f"the blocks {', '.join(map(str, forgetful))} keep no keys and values of their own, "
-                "so they cannot be served apart from others"
-            )
-        self._layer_shapes = {index: _layer_shape(layers[index]) for index in self._blocks}
+            self._run_decoder(token, cache, self.span, {})
+
+        self._layer_shapes = kept_layers(run, self.span, self._windows, type(self._decoder).__name__)
         self.cache_bytes_per_token = sum(shape.size_bytes for shape in self._layer_shapes.values())
 
 
 def _outside_inference(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor as autograd can take it up."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _layer_shape(layer: CacheLayerMixin) -> LayerShape:
-    """What a layer of transformers' own cache has kept."""
-    keys, values = (
-        StateShape(states.shape[1], states.shape[3], states.dtype)
-        for states in (layer.keys, layer.values)
-        if states is not None
-    )
-    return LayerShape(keys, values)
 
 
 def load_span(

@@ -15,7 +15,8 @@ from tiny_adapters import save_adapter, with_adapter
 
 from p2pswarm.blocks.adapters import Adapter, fit_adapter
 from p2pswarm.blocks.architecture import lay_out
-from p2pswarm.blocks.span_model import BatchedStep, SpanModel, load_span
+from p2pswarm.blocks.span_model import SpanModel, load_span
+from p2pswarm.blocks.span_steps import BatchedStep
 from p2pswarm.checkpoint.adapter_files import CONFIG_NAME, WEIGHTS_NAME, open_adapter
 from p2pswarm.checkpoint.adapter_place import AdapterPlace
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint

@@ -14,7 +14,8 @@ from p2pswarm.blocks.client_model import BlocksCall, SwarmCache, load_client_mod
 from p2pswarm.blocks.kv_cache import SpanCache
 from p2pswarm.blocks.kv_pool import KVPool
 from p2pswarm.blocks.pages import PAGE_TOKENS, OutOfPages
-from p2pswarm.blocks.span_model import BatchedStep, SpanModel, load_span
+from p2pswarm.blocks.span_model import SpanModel, load_span
+from p2pswarm.blocks.span_steps import BatchedStep
 from p2pswarm.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from p2pswarm.checkpoint.local_model import load_local_model
 from p2pswarm.core.span import Span

@@ -19,7 +19,8 @@ from p2pswarm.blocks.architecture import lay_out
 from p2pswarm.blocks.packed_weights import JoinedLinear
 from p2pswarm.blocks.quantized_linear import KernelLinear, bitsandbytes_linear
 from p2pswarm.blocks.span_backward import Gradients, num_stages
-from p2pswarm.blocks.span_model import BatchedStep, SpanModel, load_span
+from p2pswarm.blocks.span_model import SpanModel, load_span
+from p2pswarm.blocks.span_steps import BatchedStep
 from p2pswarm.blocks.tuning import SpanTuning
 from p2pswarm.checkpoint.adapter_files import open_adapter
 from p2pswarm.checkpoint.adapter_place import AdapterPlace

@@ -97,9 +97,13 @@ class Relay:
                 while (status := self._reserve(holder)) == RelayStatus.OK:
                     term.deadline = trio.current_time() + self._accounts.limits.reservation_s
                     await stream.write(encode_hop(self._granted()))
-                    if await self._read_request(stream) is None:
-                        is_over = False
-                        return
+                    match await self._read_request(stream):
+                        case None:
+                            is_over = False
+                            return
+                        case ConnectRequest():
+                            await stream.write(encode_hop(RelayAnswer(RelayStatus.UNEXPECTED_MESSAGE)))
+                            raise ProtocolViolation(f"{holder} asks for a circuit on a reservation's stream", holder)
                 await stream.write(encode_hop(RelayAnswer(status)))
         finally:
             if self._reservations.get(holder) is stream:

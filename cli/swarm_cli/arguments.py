@@ -188,7 +188,11 @@ def _bench_flags(command: argparse.ArgumentParser) -> None:
         "--stall", action="store_true", help="one client's times between tokens while another's long prompt is taken"
     )
     kinds.add_argument(
-        "--greedy", action="store_true", help="one client's speed while another peer sends forward calls without pause"
+        "--greedy",
+        nargs="?",
+        choices=("forward", "backward"),
+        const="forward",
+        help="one client's speed while another peer sends forward calls without pause, or trains without pause",
     )
     kinds.add_argument(
         "--baseline", choices=("offload",), help="one client's speed beside the same model offloaded to the disk"

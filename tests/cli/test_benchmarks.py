@@ -1,15 +1,20 @@
 """What the benchmarks make of the times and tokens they have got."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 import trio
+from trio.testing import MockClock
 
+from p2pswarm.client.step_input import StepInput
 from p2pswarm.core.errors import ConfigError
 from swarm_cli.arguments import parse_arguments
 from swarm_cli.bench import chosen_measurement
 from swarm_cli.benchmarks.clients import Decoded
 from swarm_cli.benchmarks.generating import Measured, make_prompt
-from swarm_cli.benchmarks.greedy import GreedyReport
+from swarm_cli.benchmarks.greedy import GreedyPeer, GreedyReport
 from swarm_cli.benchmarks.many_clients import ManyClientsReport, RoundOfClients, StartTogether, client_prompt, summarize
 from swarm_cli.benchmarks.offload import OffloadedModel, OffloadReport
 from swarm_cli.benchmarks.one_client import OneClientReport
@@ -25,6 +30,7 @@ from swarm_cli.benchmarks.training import summarize as summarize_training
         (["--clients", "1,2"], "many_clients"),
         (["--stall"], "stall"),
         (["--greedy"], "greedy"),
+        (["--greedy", "backward"], "greedy"),
         (["--training", "--batch", "2x16"], "training"),
         (["--baseline", "offload"], "offload"),
     ],
@@ -114,6 +120,40 @@ async def test_arrivals_can_be_waited_for_until_they_end(autojump_clock) -> None
 
 def test_share_that_a_greedy_peer_leaves_is_stated() -> None:
     assert GreedyReport(20.0, 12.0, 300.0, 2, True, 5).as_json()["share_kept"] == 0.6
+
+
+class CountedTraining:
+    """Counts batches on their way there, and back; each takes a second."""
+
+    def __init__(self) -> None:
+        self.num_there = self.num_back = 0
+
+    async def forward(self, batch: StepInput, *, keeps_trail: bool) -> tuple[torch.Tensor, bool]:
+        await trio.sleep(1)
+        self.num_there += 1
+        return batch.hidden_states, keeps_trail
+
+    async def backward(self, trail: bool, grad_outputs: torch.Tensor) -> None:
+        assert trail
+        await trio.sleep(1)
+        self.num_back += 1
+
+
+@pytest.mark.parametrize(("trains", "num_there", "num_back"), [(False, 24, 0), (True, 12, 12)])
+async def test_a_greedy_peer_sends_batches_there_and_where_it_trains_back(
+    trains: bool, num_there: int, num_back: int, autojump_clock: MockClock
+) -> None:
+    training = CountedTraining()
+    model: Any = SimpleNamespace(
+        dispatch=SimpleNamespace(forward_pass=SimpleNamespace(training=training)),
+        servers=SimpleNamespace(facts=SimpleNamespace(hidden_size=8)),
+        shell=SimpleNamespace(dtype=torch.float32),
+    )
+    greedy = GreedyPeer(model, trains=trains)
+    with trio.move_on_after(6.5):
+        async with greedy.at_work():
+            await trio.sleep_forever()
+    assert (training.num_there, training.num_back) == (num_there, num_back)
 
 
 def test_swarm_is_held_against_offloading() -> None:

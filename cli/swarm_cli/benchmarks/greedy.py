@@ -1,7 +1,9 @@
-"""`swarm bench --greedy`: what is left of a client's speed while one peer sends forward calls without pause?
+"""`swarm bench --greedy`: what is left of a client's speed while one peer sends forward calls without pause, or trains
+without pause (`--greedy backward`)?
 
-The greedy peer has an identity of its own and keeps several calls in work, each with a batch of hidden states for all
-blocks. Quiet and disturbed rounds take turns; decode speeds are medians after one round that does not count.
+The greedy peer has an identity of its own and keeps several batches of hidden states in work, each through all blocks;
+where it trains, each goes back through them as well before the next one comes. Quiet and disturbed rounds take turns;
+decode speeds are medians after one round that does not count.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import trio
 from rich.table import Table
 
 from p2pswarm.client.distributed_model import DistributedModel
+from p2pswarm.client.step_input import StepInput
 from p2pswarm.client.swarm import open_swarm
 from p2pswarm.core.errors import NetworkError, RemoteError, ServerBusy, SwarmError
 from swarm_cli.benchmarks.generating import (
@@ -28,11 +31,11 @@ from swarm_cli.benchmarks.generating import (
 )
 from swarm_cli.benchmarks.setting import Setting, client_config
 
-CALLS_IN_WORK = 4
+BATCHES_IN_WORK = 4
 """More than there are servers in the usual run, so that each always has one waiting."""
-TOKENS_PER_CALL = 128
+TOKENS_PER_BATCH = 128
 SETTLE_S = 1.0
-"""After the last forward call was given up, before a quiet round: what a server is in the middle of, it finishes."""
+"""After the last call was given up, before a quiet round: what a server is in the middle of, it finishes."""
 FIRST_ANSWER_TIMEOUT_S = 60.0
 REFUSED_PAUSE_S = 0.1
 """Between a refusal and the next try, or this process would do nothing else."""
@@ -45,10 +48,11 @@ class GreedyReport:
     quiet_tokens_per_s: float
     disturbed_tokens_per_s: float
     greedy_tokens_per_s: float
-    """Through all blocks, of calls that were answered meanwhile."""
+    """Through all blocks, of batches that were done meanwhile."""
     num_refused: int
     is_exact: bool
     rounds: int
+    trains: bool = False
 
     @property
     def share_kept(self) -> float:
@@ -60,6 +64,7 @@ class GreedyReport:
             "disturbed_tokens_per_s": round(self.disturbed_tokens_per_s, 2),
             "share_kept": round(self.share_kept, 3),
             "greedy_tokens_per_s": round(self.greedy_tokens_per_s, 1),
+            "greedy_calls": "forward and backward" if self.trains else "forward",
             "greedy_calls_refused": self.num_refused,
             "is_exact": self.is_exact,
             "rounds": self.rounds,
@@ -67,7 +72,7 @@ class GreedyReport:
 
     def as_table(self) -> Table:
         table = Table(
-            caption=f"the greedy peer had {CALLS_IN_WORK} calls of {TOKENS_PER_CALL} tokens in work, "
+            caption=f"the greedy peer had {BATCHES_IN_WORK} batches of {TOKENS_PER_BATCH} tokens in work, "
             f"{self.num_refused} were refused; tokens equal to the local model's: {'yes' if self.is_exact else 'NO'}; "
             f"medians of {self.rounds} rounds",
         )
@@ -79,18 +84,20 @@ class GreedyReport:
             f"{self.disturbed_tokens_per_s:.1f}",
             f"{self.share_kept:.2f}",
         )
-        table.add_row("the greedy peer's forward calls", "", f"{self.greedy_tokens_per_s:.0f}", "")
+        its_batches = f"the greedy peer's batches, forward{' and backward' if self.trains else ''}"
+        table.add_row(its_batches, "", f"{self.greedy_tokens_per_s:.0f}", "")
         return table
 
 
 class GreedyPeer:
-    """Keeps forward calls in work for as long as `at_work` lasts."""
+    """Keeps batches in work for as long as `at_work` lasts; if it `trains`, there and back."""
 
-    def __init__(self, model: DistributedModel) -> None:
-        self._model = model
+    def __init__(self, model: DistributedModel, *, trains: bool) -> None:
+        self._training = model.dispatch.forward_pass.training
+        self._trains = trains
         hidden_size = model.servers.facts.hidden_size
         generator = torch.Generator().manual_seed(0)
-        self._batch = torch.randn(1, TOKENS_PER_CALL, hidden_size, generator=generator).to(model.shell.dtype)
+        self._batch = torch.randn(1, TOKENS_PER_BATCH, hidden_size, generator=generator).to(model.shell.dtype)
         self._worked_s = 0.0
         self._num_tokens = 0
         self._has_answer = trio.Event()
@@ -106,15 +113,15 @@ class GreedyPeer:
         """Within, servers have its calls, and have answered one; they are given up at the end. Raises `ServerBusy`."""
         self._has_answer = trio.Event()
         async with trio.open_nursery() as nursery:
-            for _ in range(CALLS_IN_WORK):
+            for _ in range(BATCHES_IN_WORK):
                 nursery.start_soon(self._call_for_ever)
             with trio.move_on_after(FIRST_ANSWER_TIMEOUT_S):
                 await self._has_answer.wait()
             if not self._has_answer.is_set():
-                raise ServerBusy(f"no forward call was answered within {FIRST_ANSWER_TIMEOUT_S:g} s")
+                raise ServerBusy(f"no batch was done within {FIRST_ANSWER_TIMEOUT_S:g} s")
             num_before, began_at_s = self._num_answered, perf_counter()
             yield
-            self._num_tokens += (self._num_answered - num_before) * TOKENS_PER_CALL
+            self._num_tokens += (self._num_answered - num_before) * TOKENS_PER_BATCH
             self._worked_s += perf_counter() - began_at_s
             nursery.cancel_scope.cancel()
         await trio.sleep(SETTLE_S)
@@ -122,12 +129,17 @@ class GreedyPeer:
     async def _call_for_ever(self) -> None:
         while True:
             try:
-                await self._model.forward(self._batch)
+                await self._run_batch()
                 self._num_answered += 1
                 self._has_answer.set()
             except (RemoteError, NetworkError, SwarmError):
                 self.num_refused += 1
                 await trio.sleep(REFUSED_PAUSE_S)
+
+    async def _run_batch(self) -> None:
+        output, trail = await self._training.forward(StepInput(self._batch, 0), keeps_trail=self._trains)
+        if self._trains:
+            await self._training.backward(trail, torch.ones_like(output))
 
 
 async def measure(setting: Setting, arguments: argparse.Namespace) -> GreedyReport:
@@ -136,7 +148,8 @@ async def measure(setting: Setting, arguments: argparse.Namespace) -> GreedyRepo
     quiet: list[Measured] = []
     disturbed: list[Measured] = []
     async with open_swarm(setting.peers, config=client_config()) as swarm:
-        greedy = GreedyPeer(await swarm.load(setting.model_path, dtype=setting.model.shell.dtype))
+        trains = arguments.greedy == "backward"
+        greedy = GreedyPeer(await swarm.load(setting.model_path, dtype=setting.model.shell.dtype), trains=trains)
         for number in range(arguments.rounds + 1):
             setting.say_round(number, arguments.rounds)
             quiet.append(await generate_in_swarm(setting.model, prompt, arguments.new_tokens))
@@ -151,4 +164,5 @@ async def measure(setting: Setting, arguments: argparse.Namespace) -> GreedyRepo
         num_refused=greedy.num_refused,
         is_exact=all(one.token_ids == local.token_ids for one in [*quiet, *disturbed]),
         rounds=arguments.rounds,
+        trains=trains,
     )

@@ -59,6 +59,8 @@ class DhtConfig:
     requests_per_s_per_peer: float = 100.0
     """A peer that asks faster waits; honest ones ask a few times a second, a burst of 200 when handing records over."""
     request_burst_per_peer: int = 200
+    requests_per_s: float = 1000.0
+    """Of all peers together: a third of a core. Beyond, their streams take turns."""
     bad_peer_s: float = 15.0
     """How long a peer that did not answer is left alone; it doubles with each failure in a row, to `max_bad_peer_s`.
     Short at first: a dial over half the globe may take longer than `request_timeout_s`, and goes on meanwhile."""

@@ -31,6 +31,8 @@ class RpcLimits:
     first_message_timeout_s: float = 10.0
     """As for the other times below: a message under way may take longer (`wire.framed_stream.SLOWEST_BYTES_PER_S`)."""
     idle_stream_timeout_s: float = 120.0
+    first_step_timeout_s: float = 60.0
+    """A session is opened when there is something to send; until then its room stands empty."""
     idle_session_timeout_s: float = 600.0
     """A person thinks between two turns of a chat; the cache is kept so long."""
     call_timeout_s: float = 300.0

@@ -54,7 +54,7 @@ class ServedSession:
     async def _serve_next(self) -> bool:
         """Whether more may follow. (A function, so that no step lies about while the next one is waited for.)"""
         try:
-            message = self._take_next() or await self._stream.receive(self._limits.idle_session_timeout_s)
+            message = self._take_next() or await self._stream.receive(self._patience_s)
         except MalformedMessage as error:
             await self._stream.send(reply_to(error))
             return True
@@ -69,6 +69,12 @@ class ServedSession:
             case _:
                 await self._refuse(message)
                 return True
+
+    @property
+    def _patience_s(self) -> float:
+        """For the next step."""
+        has_begun = self._last_step_id >= 0
+        return self._limits.idle_session_timeout_s if has_begun else self._limits.first_step_timeout_s
 
     def _take_next(self) -> Message | None:
         message, self._next = self._next, None

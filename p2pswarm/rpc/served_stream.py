@@ -91,7 +91,8 @@ class ServedStream:
     async def run(self) -> None:
         """Returns when the peer has closed its side or was told that it is over.
 
-        Raises `ConnectionLost`, or `DeadlineExceeded` for a peer that neither sends nor reads.
+        Raises `ConnectionLost`; `DeadlineExceeded` for a peer that neither sends nor reads; `ProtocolViolation` for one
+        whose bytes are no messages, so that whoever runs the connection counts it.
         """
         try:
             with self._scope:
@@ -106,6 +107,8 @@ class ServedStream:
         except (ProtocolViolation, ServerBusy) as error:
             logger.debug("a stream of %s ends: %s", self._peer_id, error)
             await self._stream.say_goodbye(reply_to(error))
+            if isinstance(error, ProtocolViolation):
+                raise
         finally:
             self._stream.release()
 

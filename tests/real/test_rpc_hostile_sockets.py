@@ -11,8 +11,9 @@ import psutil
 import pytest
 import trio
 
-from p2pswarm.core.errors import ConnectionLost
+from p2pswarm.core.errors import ConnectionLost, PeerUnreachable
 from p2pswarm.core.ids import PeerId
+from p2pswarm.net.connection_table import TOLERATED_OFFENCES
 from p2pswarm.net.host import open_network
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.network import Network
@@ -22,7 +23,7 @@ from p2pswarm.rpc.server import RpcServer
 from p2pswarm.testing.rpc_world import open_request, step
 from p2pswarm.testing.running_sum_service import RunningSumService, wire_rows
 from p2pswarm.wire.framed_stream import FramedStream
-from p2pswarm.wire.messages import ErrorCode, ErrorReply, Message, Step
+from p2pswarm.wire.messages import ErrorCode, ErrorReply, InfoRequest, Message, Step
 from p2pswarm.wire.serialization import encode_message
 
 pytestmark = pytest.mark.real
@@ -70,22 +71,26 @@ async def answer_to(attacker: Network, data: bytes) -> Message | None:
         return await FramedStream(stream).receive()
 
 
+def garbage(randomness: random.Random) -> bytes:
+    """What no honest client sends."""
+    match randomness.randrange(4):
+        case 0:
+            return b"\xff" + randomness.randbytes(randomness.randrange(10, 300_000))
+        case 1:
+            return A_STEP[: randomness.randrange(1, len(A_STEP))]
+        case 2:
+            return struct.pack("!II", randomness.randrange(1 << 31, 1 << 32), randomness.randrange(1 << 32))
+        case _:
+            return struct.pack("!II", 64 << 20, 1) + b"\x80" + bytes(1000)
+
+
 async def test_garbage_is_answered_and_harms_nobody() -> None:
     randomness = random.Random(11)
     async with open_server() as (server, service, attacker, neighbour):
         peer_id = server_of(attacker)
         async with neighbour.open_session(peer_id, open_request(max_length=100_000), 10) as session:
-            for index in range(300):
-                kind = randomness.randrange(4)
-                if kind == 0:
-                    data = randomness.randbytes(randomness.randrange(1, 300_000))
-                elif kind == 1:
-                    data = A_STEP[: randomness.randrange(1, len(A_STEP))]
-                elif kind == 2:
-                    data = struct.pack("!II", randomness.randrange(1 << 32), randomness.randrange(1 << 32))
-                else:
-                    data = struct.pack("!II", 64 << 20, 1) + b"\x80" + bytes(1000)
-                answer = await answer_to(attacker, data)
+            for index in range(TOLERATED_OFFENCES):
+                answer = await answer_to(attacker, garbage(randomness))
                 assert isinstance(answer, ErrorReply)
                 assert answer.code is ErrorCode.BAD_REQUEST
                 assert await step(session, index, index, [1]) == [index + 1]
@@ -93,6 +98,29 @@ async def test_garbage_is_answered_and_harms_nobody() -> None:
         assert server.statistics().num_streams == 0
         assert server.statistics().received_bytes == 0
         assert service.num_opened == service.num_closed == 1
+
+
+async def test_who_sends_nothing_but_garbage_is_refused_for_a_while() -> None:
+    randomness = random.Random(12)
+    async with open_server() as (_, _, attacker, neighbour):
+        peer_id = server_of(attacker)
+        async with neighbour.open_session(peer_id, open_request(max_length=100_000), 10) as session:
+            for _ in range(TOLERATED_OFFENCES + 1):
+                await answer_to(attacker, garbage(randomness))
+            with trio.fail_after(5):
+                while attacker.connected_peers:  # noqa: ASYNC110 - a network tells nobody
+                    await trio.sleep(0.01)
+            with pytest.raises((ConnectionLost, PeerUnreachable)):
+                await answer_to_call(attacker, peer_id)
+            assert await step(session, 0, 0, [1]) == [1]
+
+
+async def answer_to_call(attacker: Network, peer_id: PeerId) -> None:
+    """The refusal of a connection shows when it is used."""
+    stream = await attacker.open_stream(peer_id, RPC_PROTOCOL)
+    await FramedStream(stream).send(InfoRequest())
+    if await FramedStream(stream).receive() is None:
+        raise ConnectionLost("it was closed", peer_id)
 
 
 async def test_half_open_streams_come_and_go_without_a_trace() -> None:

@@ -141,6 +141,17 @@ async def test_an_idle_session_is_lost_and_its_owner_told(autojump_clock: MockCl
             await step(session, 3, 2, [1])
 
 
+async def test_a_session_that_never_begins_is_lost_sooner(autojump_clock: MockClock) -> None:
+    limits = RpcLimits(first_step_timeout_s=20, idle_session_timeout_s=60)
+    async with open_world(limits=limits) as world, world.open_session() as session:
+        await trio.sleep(19)
+        assert world.service.num_closed == 0
+        await trio.sleep(2)
+        assert world.service.num_closed == 1
+        with pytest.raises(SessionLost, match=r"no message came from \w+ for 20 s"):
+            await step(session, 0, 0, [1])
+
+
 async def test_a_late_step_ends_the_session_at_both_ends(autojump_clock: MockClock) -> None:
     async with open_world() as world, world.open_session() as session:
         await step(session, 0, 0, [1])

@@ -84,6 +84,7 @@ def test_all_codecs_and_dtypes_are_listed() -> None:
         f"took less than {LONG_ENOUGH_S:g} s",
         f"| within {DEFAULT_RPC_LIMITS.first_message_timeout_s:g} s |",
         f"| next call on a stream | within {DEFAULT_RPC_LIMITS.idle_stream_timeout_s:g} s |",
+        f"| first step of a session | within {DEFAULT_RPC_LIMITS.first_step_timeout_s:g} s |",
         f"| next step of a session | within {DEFAULT_RPC_LIMITS.idle_session_timeout_s:g} s |",
         f"| answered within {DEFAULT_RPC_LIMITS.call_timeout_s:g} s |",
         f"| a push | waits {DEFAULT_RPC_LIMITS.push_wait_s:g} s for its step |",

@@ -131,7 +131,7 @@ class KVMemory:
         self._let_in_who_fits()
         return tenant
 
-    def take(self, tenant: Tenant, take_pages: Callable[[], None]) -> None:
+    def take(self, tenant: Tenant, take_pages: Callable[[], object]) -> None:
         """Calls `take_pages`, which raises `OutOfPages` where too few are free, and evicts others until it succeeds.
 
         Raises `SessionLost` when it is the tenant itself that had to leave.

@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,21 +42,20 @@ async def open_victim(model: str, flags: Sequence[str]) -> AsyncIterator[Victim]
     with TemporaryDirectory(prefix="abuse-") as folder:
         own = ["--host", "127.0.0.1", "--identity", str(Path(folder) / "key"), "--threads", "1", "--json"]
         command = [sys.executable, "-m", "swarmd", "start", model, *own, *flags]
-        async with _running(command) as process:
-            async for line in _lines(process):
+        async with _running(command) as process, aclosing(_lines(process)) as lines:
+            async for line in lines:
                 event = json.loads(line)
                 if event["event"] == "ready":
-                    yield Victim(psutil.Process(process.pid), event)
                     break
+            yield Victim(psutil.Process(process.pid), event)
 
 
 @asynccontextmanager
 async def attacked(name: str, victim: Victim) -> AsyncIterator[None]:
     """Within, the attack of that name goes on."""
     command = [sys.executable, "-m", "simulations.abuse.attack_process", name, json.dumps(victim.ready)]
-    async with _running(command) as process:
-        async for _ in _lines(process):
-            break
+    async with _running(command) as process, aclosing(_lines(process)) as lines:
+        assert await anext(lines) == b"begun"
         yield
 
 
@@ -73,7 +72,7 @@ async def _running(command: Sequence[str]) -> AsyncIterator[trio.Process]:
             await process.wait()
 
 
-async def _lines(process: trio.Process) -> AsyncIterator[bytes]:
+async def _lines(process: trio.Process) -> AsyncGenerator[bytes, None]:
     """What the process prints. Raises `trio.TooSlowError` when the next line does not come soon."""
     assert process.stdout is not None
     unfinished = b""

@@ -7,7 +7,7 @@ streams are one circuit: the relay passes bytes on, and the ends begin their own
 message is a protobuf of the specification's, after its length as a varint.
 
 It knows nothing of limits or forwarding: see `relay.py`; the ends are in `circuits.py`. Vouchers are left out, as the
-specification allows. See `docs/protocol-relay.md`.
+specification allows. See `docs/protocol-transport.md`.
 """
 
 from dataclasses import dataclass

@@ -7,8 +7,9 @@ import pytest
 import torch
 import trio
 from tiny_adapters import save_adapter, with_adapter
-from tiny_swarm import TinySwarm
+from tiny_swarm import SPANS, TinySwarm, open_tiny_swarm
 from tiny_training import TUNED_PATHS, LocalBlocks, left_padding, random_states, random_tuning
+from tuned_models import MASK, TOKENS, Family
 
 from p2pswarm.blocks.architecture import Head
 from p2pswarm.checkpoint.checkpoint import Checkpoint
@@ -26,8 +27,8 @@ PROMPT = [5, 17, 99, 3, 42]
 GREEDY = {"do_sample": False}
 FIRST, MIDDLE, LAST = Span(0, 3), Span(3, 4), Span(4, 8)
 TWICE = (FIRST, MIDDLE, LAST, FIRST, MIDDLE, LAST)
-ROWS, TOKENS = 4, 5
-STATES, WEIGHTS = random_states(ROWS, TOKENS, seed=1), random_states(ROWS, TOKENS, seed=2)
+ROWS, ROW_TOKENS = 4, 5
+STATES, WEIGHTS = random_states(ROWS, ROW_TOKENS, seed=1), random_states(ROWS, ROW_TOKENS, seed=2)
 
 
 def keeping(local_blocks: int, **options: Any) -> ClientConfig:
@@ -46,6 +47,19 @@ async def test_servers_run_only_what_lies_between(open_world, local, local_block
         got = [token async for token in session.generate(PROMPT, max_new_tokens=20, **GREEDY)]
         assert got == local.generate(torch.tensor([PROMPT]), max_new_tokens=20, **GREEDY)[0, 5:].tolist()
         assert session.route.span == Span(local_blocks, 8 - local_blocks)
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gpt2", "bloom"])
+async def test_blocks_of_other_families_are_kept_too(tmp_path, model_type: str) -> None:
+    """Sliding windows, learned positions, biases of attention by distance."""
+    family = Family(tmp_path, model_type)
+    expected = family.local().generate(TOKENS, attention_mask=MASK, max_new_tokens=12, **GREEDY)
+    async with (
+        open_tiny_swarm(family.checkpoint, family.part, SPANS, keeping(2)) as world,
+        world.model.session(max_length=64) as session,
+    ):
+        got = await session.complete(TOKENS, attention_mask=MASK, max_new_tokens=12, **GREEDY)
+        assert got.tolist() == expected.tolist()
 
 
 async def test_servers_of_the_kept_blocks_need_not_be_there(open_world, local) -> None:
@@ -121,20 +135,20 @@ async def life_without_local_blocks(open_world) -> list[torch.Tensor]:
         return [await session.step(step) for step in a_life()]
 
 
-@pytest.mark.parametrize("lost_before", range(7))
+@pytest.mark.parametrize("lost_before", [1, 2, 5])
 async def test_every_step_of_a_life_survives_the_loss_of_all_servers(open_world, lost_before: int) -> None:
     expected = await life_without_local_blocks(open_world)
     async with open_world(spans=TWICE, config=keeping(2)) as world, world.model.session(max_length=60) as session:
         for number, step in enumerate(a_life()):
-            if number == lost_before and number:
+            if number == lost_before:
                 for hop in session.route.hops:
                     world.memory.kill(hop.peer_id)
             answer = await session.step(step)
             torch.testing.assert_close(answer, expected[number], rtol=1e-4, atol=1e-5)
-        assert session.num_recoveries == (lost_before > 0)
+        assert session.num_recoveries == 1
 
 
-@pytest.mark.parametrize("cut_short", range(1, 7))
+@pytest.mark.parametrize("cut_short", [2, 3, 5])
 async def test_step_that_was_cut_short_can_be_made_again(open_world, cut_short: int) -> None:
     expected = await life_without_local_blocks(open_world)
     async with open_world(config=keeping(2)) as world, world.model.session(max_length=60) as session:
@@ -195,7 +209,7 @@ async def test_tunings_are_applied_in_the_kept_blocks_too(open_world, tiny_llama
         async with world.model.session(max_length=20, tuning=tuning) as session:
             answers = [await session.step(StepInput(STATES[:, :2], 0))]
             world.memory.kill(session.route.hops[0].peer_id)
-            answers += [await session.step(StepInput(STATES[:, at : at + 1], at)) for at in range(2, TOKENS)]
+            answers += [await session.step(StepInput(STATES[:, at : at + 1], at)) for at in range(2, ROW_TOKENS)]
         torch.testing.assert_close(torch.cat(answers, 1), expected, rtol=1e-4, atol=1e-5)
         passed = await world.model.forward(STATES, tuning=tuning)
         torch.testing.assert_close(passed, expected, rtol=1e-4, atol=1e-5)
@@ -230,11 +244,11 @@ async def test_virtual_tokens_go_before_the_text_as_ever(open_world) -> None:
 async def test_gradients_are_the_local_models_through_whichever_blocks(
     open_world, tiny_llama, local, tuning: Tuning, blocks: Span
 ) -> None:
-    mask = left_padding(ROWS, TOKENS)
+    mask = left_padding(ROWS, ROW_TOKENS)
     reference = LocalBlocks(tiny_llama, local)
     own = tuning if blocks == Span(0, 8) else None
     expected = reference.gradients(STATES, WEIGHTS * mask[..., None], own, mask=mask, blocks=blocks)
-    async with open_world(config=keeping(2, max_training_tokens=2 * TOKENS)) as world:
+    async with open_world(config=keeping(2, max_training_tokens=2 * ROW_TOKENS)) as world:
         leaves = [tensor.clone().requires_grad_() for tensor in (own.tensors if own else ())]
         inputs = STATES.clone().requires_grad_()
 

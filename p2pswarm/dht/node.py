@@ -42,7 +42,8 @@ MAX_PAGES_PER_HOLDER = 64
 """2048 records of the usual size fill 16 pages, of the largest 140; other holders send the rest."""
 RECORDS_BETWEEN_BREATHS = 8
 """Checking this many new signatures takes 1 ms; then other tasks have their turn."""
-MAX_FAILURES_TOLD = 3
+MAX_TOLD = 3
+"""Peers that do not answer, and reasons for it, in an error."""
 CLOCK_HINT = " (`expired` or `too_long_lived`: does this machine's clock go wrong?)"
 DEFAULT_CONFIG = DhtConfig()
 
@@ -224,8 +225,9 @@ class DhtNode:
 
 
 def _nobody_answers(contacts: Sequence[Contact], failures: Sequence[str]) -> str:
-    some = failures[:MAX_FAILURES_TOLD] or [contact.addresses[0] for contact in contacts[:MAX_FAILURES_TOLD]]
-    return f"none of {len(contacts)} known peers answers: {'; '.join(some)}"
+    some = ", ".join(contact.addresses[0] for contact in contacts[:MAX_TOLD])
+    reasons = f" ({'; '.join(failures[:MAX_TOLD])})" if failures else ""
+    return f"none of {len(contacts)} known peers answers: {some}{reasons}"
 
 
 def _tell_if_refused(record: SignedRecord, outcomes: Sequence[Refusal | None]) -> None:

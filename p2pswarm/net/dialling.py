@@ -60,9 +60,9 @@ class Dialler:
             connection = await self._dial_any(peer_id, direct, circuits, failures)
             if connection is not None:
                 return connection
-        reasons = "; ".join(failures) or f"no answer within {self._config.dial_timeout_s} s"
         tried = ", ".join(map(str, [*direct, *circuits]))
-        raise PeerUnreachable(f"{peer_id} cannot be reached at {tried}: {reasons}", peer_id)
+        reasons = "; ".join(failures) or f"no answer within {self._config.dial_timeout_s} s from {tried}"
+        raise PeerUnreachable(f"{peer_id} cannot be reached: {reasons}", peer_id)
 
     async def _dial_any(
         self,

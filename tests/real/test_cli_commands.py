@@ -87,7 +87,7 @@ def test_prompt_comes_from_stdin_where_none_is_given(tiny_servers: TinyServers) 
 def test_swarm_is_found_again_without_an_address(tiny_servers: TinyServers, tmp_path: Path) -> None:
     generate(replace(tiny_servers, home=tmp_path), PROMPT, "--max-new-tokens", "1")
     words = ["generate", tiny_servers.model, PROMPT, "--max-new-tokens", "2", "--json"]
-    done = run_swarm(*words, home=tmp_path)
+    done = run_swarm(*words, *tiny_servers.key_flags, home=tmp_path)
     assert json.loads(done.stdout)["token_ids"] == local_tokens(tiny_servers, 2)
 
 

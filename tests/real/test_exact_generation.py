@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_servers import invited_to
 
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.checkpoint.local_model import load_local_model
@@ -44,14 +46,14 @@ class World:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
+def world(swarm_key_path: Path | None) -> Iterator[World]:
     threads_before = torch.get_num_threads()
     torch.set_num_threads(1)  # as the servers: sums are then made in the same order
     path = sample_model()
-    plan = LocalSwarmPlan(path, (Span(0, 10), Span(10, 20), Span(20, 30)), threads=1)
+    plan = LocalSwarmPlan(path, (Span(0, 10), Span(10, 20), Span(20, 30)), threads=1, swarm_key=swarm_key_path)
     with Portal() as portal:
         servers = portal.enter(local_swarm(plan)).value
-        peers = list(servers[0].addresses)
+        peers = invited_to(servers[0].addresses, swarm_key_path)
         config = ClientConfig(known_peers_path=None)
         with AutoDistributedModelForCausalLM.from_pretrained(path, peers=peers, config=config) as distributed:
             checkpoint = open_checkpoint(path)

@@ -135,6 +135,7 @@ class Reaching:
             ports = {address.port for address in self._host.own_listen_addresses() if address.kind == kind}
             self._host.publish([f"/{kind}/{self._config.public_ip}/tcp/{port}" for port in sorted(ports)])
         self._state = ReachabilityState(Reachability.PUBLIC)
+        self._tell("its operator says so")
         await self._serve_accordingly()
 
     async def _wait_for_reason(self) -> None:
@@ -160,13 +161,16 @@ class Reaching:
         if self.reachability is Reachability.PRIVATE and await self._has_router_forward():
             reports = await self._ask()
             self._state = self._state.after_move().after(reports)
+        self._has_asked_router = self.reachability is Reachability.PRIVATE
         self._publish()
         if self._state.reachability is not before.reachability or self._state.confirmed != before.confirmed:
             num_reached = sum(bool(report.reached_ports) for report in reports)
-            why = f"{num_reached} of {len(reports)} peers got through"
-            addresses = list(self._host.addresses)
-            self._events("reachability", state=self.reachability.value, why=why, addresses=addresses)
+            self._tell(f"{num_reached} of {len(reports)} peers got through")
         await self._serve_accordingly()
+
+    def _tell(self, why: str) -> None:
+        addresses = list(self._host.addresses)
+        self._events("reachability", state=self.reachability.value, why=why, addresses=addresses)
 
     async def _serve_accordingly(self) -> None:
         """Has the DHT's nodes know us, or not, at our addresses."""
@@ -189,10 +193,9 @@ class Reaching:
         return {contact.peer_id: contact.addresses[0].split("/")[2] for contact in self._dht.contacts()}
 
     async def _has_router_forward(self) -> bool:
-        """Whether a router says, asked once, that it does."""
+        """Whether a router says that it does; asked once, and again when its port has led here and does no longer."""
         if self._mapper is None or self._has_asked_router:
             return False
-        self._has_asked_router = True
         ports = [address.port for address in self._host.own_listen_addresses() if address.kind == "ip4"]
         return bool(ports) and await self._mapper.map(ports[0]) is not None
 

@@ -220,6 +220,19 @@ async def test_a_router_that_forwards_a_port_spares_relays(autojump_clock):
         assert second.relays == []
 
 
+async def test_a_router_that_has_forgotten_the_port_is_asked_again(autojump_clock):
+    async with open_world() as world:
+        world.router.opens = world
+        first = await world.add()
+        second = await world.add(first, is_walled=True)
+        world.router.mapped = None
+        world.walled.add(second.network.peer_id)
+        await trio.sleep(ROUND_S + DOUBT_S)
+        assert world.router.mapped == MappedPort(4001, 4001)
+        assert info_of(second).reachability is Reachability.PUBLIC
+        assert "relay_reserved" not in second.names()
+
+
 async def test_the_router_is_not_asked_where_that_is_unwanted(autojump_clock):
     async with open_world() as world:
         world.router.opens = world
@@ -260,6 +273,7 @@ async def test_the_operators_word_is_taken(autojump_clock):
         await trio.sleep(ROUND_S)
         assert second.network.addresses == (f"/ip4/192.0.2.9/tcp/4001/p2p/{second.network.peer_id}",)
         assert info_of(second).reachability is Reachability.PUBLIC
+        assert second.events[-1][1]["why"] == "its operator says so"
         assert second.dht.serves
         assert first.dht.contacts()[0].addresses == second.network.addresses
 

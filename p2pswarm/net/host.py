@@ -95,7 +95,7 @@ class Host:
     ) -> None:
         self.connections = ConnectionTable(self._serve_stream, config, nursery)
         self.upgrader = Upgrader(identity, config, private)
-        local_port = LocalPort()
+        self._local_port = local_port = LocalPort()
         self.listening = Listening(self.upgrader, self.connections, local_port, config, nursery)
         self._identity = identity
         self._private = private
@@ -135,10 +135,12 @@ class Host:
         return tuple(join_peer_address(transport, self.peer_id) for transport in transports)
 
     def publish(self, addresses: Sequence[str] | None) -> None:
-        self._published = None if addresses is None else tuple(map(self._own_transport, addresses))
+        own = None if addresses is None else tuple(map(self._own_transport, addresses))
+        self._published = None if own is None else tuple(map(str, own))
+        self._local_port.is_kept = any(isinstance(address, CircuitAddress) for address in own or ())
 
-    def _own_transport(self, address: str) -> str:
-        return str(parse_address(address.removesuffix(f"/p2p/{self.peer_id}")))
+    def _own_transport(self, address: str) -> TcpAddress | CircuitAddress:
+        return parse_address(address.removesuffix(f"/p2p/{self.peer_id}"))
 
     def own_listen_addresses(self) -> tuple[TcpAddress, ...]:
         return self.listening.addresses()

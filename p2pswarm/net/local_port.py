@@ -3,7 +3,8 @@
 A router gives each port behind it an address of its own outside. A node that dials everybody from one port has one such
 address, and where a peer sees it is where another could get through, once both try at the same time
 (`nat/hole_punch.py`). Connections within this machine, where no router is, take any port, and so does a second one to
-the same place, which TCP could not tell from the first.
+the same place, which TCP could not tell from the first. So do those of a node that others can dial: no hole is needed,
+and when two dial each other at the same moment, from port to port, TCP makes one connection of the two.
 """
 
 import errno
@@ -26,6 +27,8 @@ class LocalPort:
     """One port for each of IPv4 and IPv6."""
 
     def __init__(self) -> None:
+        self.is_kept = True
+        """Whether `dial` keeps to it; to begin with, nobody knows whether others can dial this node."""
         self.ports: dict[str, int] = {}
         """By kind of address; none before the first connection."""
 
@@ -40,7 +43,7 @@ class LocalPort:
 
     async def dial(self, address: TcpAddress) -> trio.SocketStream:
         """A TCP connection from this port where that can be, from any port elsewhere. Raises `OSError`."""
-        if REUSE_PORT is not None and address.kind in FAMILIES and not ipaddress.ip_address(address.host).is_loopback:
+        if self.is_kept and _may_pass_a_router(address):
             try:
                 return await self.dial_from_here(address)
             except OSError as error:
@@ -79,3 +82,8 @@ class LocalPort:
             raise
         self.ports.setdefault(kind, bound.getsockname()[1])
         return bound
+
+
+def _may_pass_a_router(address: TcpAddress) -> bool:
+    """Names are left to the system, which may know several addresses for one."""
+    return address.kind in FAMILIES and not ipaddress.ip_address(address.host).is_loopback

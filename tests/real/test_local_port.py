@@ -10,7 +10,7 @@ import trio
 
 from p2pswarm.core.errors import ConfigError
 from p2pswarm.net.addresses import TcpAddress
-from p2pswarm.net.host import open_network
+from p2pswarm.net.host import Host, open_network
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.local_port import REUSE_PORT, LocalPort
 
@@ -43,17 +43,35 @@ def address_of(listener: socket.socket) -> TcpAddress:
     return TcpAddress("ip4", *listener.getsockname())
 
 
+async def dials_from_its_port(network: Host, dialler: Host) -> bool:
+    await dialler.connect(network.addresses[0])
+    path = network.path(dialler.peer_id)
+    assert path is not None
+    assert path.remote is not None
+    await dialler.disconnect(network.peer_id)
+    return path.remote.port == dialler.own_listen_addresses()[0].port
+
+
 @needs_host
-async def test_a_node_dials_from_the_port_it_listens_on() -> None:
+async def test_a_node_dials_from_the_port_it_listens_on_unless_others_can_dial_it() -> None:
     async with (
         open_network(Identity.generate(), listen=[f"/ip4/{HOST}/tcp/0"]) as network,
         open_network(Identity.generate(), listen=["/ip4/0.0.0.0/tcp/0"]) as dialler,
     ):
-        await dialler.connect(network.addresses[0])
-        path = network.path(dialler.peer_id)
-        assert path is not None
-        assert path.remote is not None
-        assert path.remote.port == dialler.own_listen_addresses()[0].port
+        assert await dials_from_its_port(network, dialler)
+        dialler.publish(None)
+        assert not await dials_from_its_port(network, dialler)
+
+
+@needs_host
+async def test_a_node_behind_a_relay_keeps_to_its_port() -> None:
+    async with (
+        open_network(Identity.generate(), listen=[f"/ip4/{HOST}/tcp/0"]) as network,
+        open_network(Identity.generate(), listen=["/ip4/0.0.0.0/tcp/0"]) as dialler,
+    ):
+        dialler.publish(None)
+        dialler.publish([f"{network.addresses[0]}/p2p-circuit"])
+        assert await dials_from_its_port(network, dialler)
 
 
 @needs_host

@@ -49,6 +49,8 @@ ARRANGE_TIMEOUT_S = 5.0
 """For the three messages, over a slow relay."""
 PUNCH_TIMEOUT_S = 5.0
 """TCP repeats a lost first packet after 1 s and 3 s; a handshake over half the globe takes another."""
+KNOCK_STAGGER_S = 0.25
+"""Between a peer's addresses, the likeliest first: where several lead to it, one connection is enough."""
 HANDSHAKE_TIMEOUT_S = 2.0
 """Over each connection that came about; more than one may, and not all lead to the peer."""
 PAUSES_S = (0.0, 1.0, 3.0)
@@ -93,6 +95,8 @@ class HolePuncher:
         while True:
             for pause_s in PAUSES_S:
                 await trio.sleep(pause_s)
+                if self._has_direct(connection.peer_id):
+                    return
                 try:
                     async with self._begun:
                         await self._begin(connection)
@@ -101,8 +105,6 @@ class HolePuncher:
                     return
                 except NetworkError as error:
                     logger.debug("no hole was punched to %s: %s", connection.peer_id, error)
-                if self._has_direct(connection.peer_id):
-                    return
             await trio.sleep(RETRY_INTERVAL_S)
 
     def _has_direct(self, peer_id: PeerId) -> bool:
@@ -111,18 +113,20 @@ class HolePuncher:
 
     async def _begin(self, connection: Connection) -> None:
         own = await self._own_addresses(connection)
-        theirs: Sequence[TcpAddress] = ()
-        with trio.move_on_after(ARRANGE_TIMEOUT_S):
+        with trio.move_on_after(ARRANGE_TIMEOUT_S) as silence:
             theirs = await _arrange(connection, own)
-        with trio.move_on_after(PUNCH_TIMEOUT_S if theirs else 0):
+        if silence.cancelled_caught:
+            return
+        with trio.move_on_after(PUNCH_TIMEOUT_S):
             async with trio.open_nursery() as nursery:
-                for address in worth_dialling(theirs, own):
-                    nursery.start_soon(self._knock, address, self._welcome)
+                for index, address in enumerate(worth_dialling(theirs, own)):
+                    nursery.start_soon(self._knock, connection, address, index * KNOCK_STAGGER_S, self._welcome)
                 await trio.sleep_forever()  # what comes of it is for the other side to decide
 
-    def _welcome(self, stream: trio.SocketStream) -> None:
-        """Whoever dialled: over this connection the other side speaks first, as one that was accepted."""
+    def _welcome(self, stream: trio.SocketStream) -> bool:
+        """Whoever dialled: over this connection the other side speaks first, as over one that was accepted."""
         self._nursery.start_soon(self._listening.accept_socket, stream)
+        return True
 
     # The side that dialled the circuit (I)
 
@@ -156,8 +160,8 @@ class HolePuncher:
     async def _lead(self, connection: Connection, addresses: Sequence[TcpAddress], attempt: "_Attempt") -> None:
         """Takes the first TCP connection over which the peer agrees."""
         async with trio.open_nursery() as nursery:
-            for address in addresses:
-                nursery.start_soon(self._knock, address, lambda stream: attempt.take(TcpPipe(stream)))
+            for index, address in enumerate(addresses):
+                nursery.start_soon(self._knock, connection, address, index * KNOCK_STAGGER_S, attempt.take_stream)
             async for pipe in attempt.pipes:
                 if await self._go_over(connection, pipe):
                     nursery.cancel_scope.cancel()
@@ -199,12 +203,20 @@ class HolePuncher:
         seen_at = None if relay_id is None else await self._where_seen(relay_id)
         return own_candidates(seen_at, self._local_port.ports, interface_hosts())
 
-    async def _knock(self, address: TcpAddress, take: Callable[[trio.SocketStream], object]) -> None:
+    async def _knock(
+        self, connection: Connection, address: TcpAddress, after_s: float, take: Callable[[trio.SocketStream], bool]
+    ) -> None:
+        await trio.sleep(after_s)
+        if self._has_direct(connection.peer_id):
+            return
         try:
-            take(await self._local_port.dial_from_here(address))
+            stream = await self._local_port.dial_from_here(address)
         except OSError as error:
             # Also where the other side was a little earlier, and its connection was accepted.
             logger.debug("no answer from %s: %s", address, error)
+            return
+        if not take(stream):
+            stream.socket.close()
 
 
 class _Attempt:
@@ -214,6 +226,9 @@ class _Attempt:
         self.theirs: tuple[TcpAddress, ...] = ()
         self._found, self.pipes = trio.open_memory_channel[TcpPipe](MAX_PIPES)
         self._is_over = False
+
+    def take_stream(self, stream: trio.SocketStream) -> bool:
+        return self.take(TcpPipe(stream))
 
     def take(self, pipe: TcpPipe) -> bool:
         """Whether it is taken over."""

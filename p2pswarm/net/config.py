@@ -35,6 +35,8 @@ class NetworkConfig:
     """How far a stream's receive window may grow: what a long, fat link can have in flight."""
     max_receive_bytes_per_connection: int = 128 * MIB
     """Unread in all streams together, before no more is taken from the peer; windows grow out of one half of it."""
+    max_receive_bytes: int = 512 * MIB
+    """The same for all connections together: then no more is taken from those that leave more than 256 KiB."""
     max_connections: int = 1024
     """At this limit the one that has been idle longest is closed for a newcomer."""
     max_connections_per_peer: int = 8

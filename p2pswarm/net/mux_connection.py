@@ -9,7 +9,7 @@ the socket does not take is the writer's. That saves a round trip two changes of
 What a peer can make us hold is bounded:
 
 - data: by each stream's window, which grows only out of a budget shared by the connection; and when our readers leave
-  too much unread in all, we stop reading from it;
+  too much unread in all its streams, or in all connections together, we stop reading from it;
 - streams: by a number; more are refused, and ids may only rise, so that closed ones need no memory;
 - answers to it (pings, refusals): when too many wait, because it does not read, we stop reading from it;
 - window updates: one per stream at most waits, as a mark on the stream.
@@ -46,6 +46,7 @@ from p2pswarm.net.mux_frames import (
 from p2pswarm.net.mux_stream import MuxStream
 from p2pswarm.net.mux_transports import SecureTransport, Transports
 from p2pswarm.net.path import DIRECT, ConnectionPath
+from p2pswarm.net.unread import UnreadBytes
 
 MUX_PROTOCOL = ProtocolId("/p2pswarm/mux/1.0.0")
 
@@ -68,6 +69,9 @@ MAX_FIRST_GRANT_BYTES = 4 * 1024 * 1024
 ROUND_TRIPS_PER_WINDOW = 4
 """A reader that empties the window faster than this many round trips is held back by it: it doubles."""
 MIN_ROUND_TRIP_S = 0.001
+OVERFULL_POLL_S = 0.25
+FREE_UNREAD_BYTES = 256 * 1024
+"""A connection may leave so much unread however much the others do: one slow reader of another peer stops nobody."""
 MAX_ROUND_TRIP_AGE_S = 60.0
 """A busy connection measures its round trip again after this long."""
 
@@ -86,7 +90,9 @@ class MuxConnection:
         is_initiator: bool,
         config: NetworkConfig = DEFAULT_CONFIG,
         handshake_hash: bytes = b"",
+        unread: UnreadBytes | None = None,
     ) -> None:
+        """`unread`: shared by the connections of a node; None: it has no others."""
         self.peer_id = peer_id
         self.is_initiator = is_initiator
         self.handshake_hash = handshake_hash
@@ -108,6 +114,7 @@ class MuxConnection:
         self._nursery: trio.Nursery | None = None
         self._growth_left_bytes = config.max_receive_bytes_per_connection // 2
         self._buffered_bytes = 0
+        self._unread = UnreadBytes(config.max_receive_bytes) if unread is None else unread
         # what waits for the writer
         self._queue: list[bytes | memoryview] = []
         self._queued_bytes = 0
@@ -146,6 +153,7 @@ class MuxConnection:
         if self._next_stream_id > MAX_STREAM_ID:
             raise ConnectionLost(f"the connection to {self.peer_id} has used up its stream ids", self.peer_id)
         stream = self._new_stream(self._next_stream_id)
+        stream.is_taken_up = True
         self._next_stream_id += 2
         self._enqueue(encode_header(FrameType.WINDOW_UPDATE, SYN, stream.stream_id, _granted(stream)))
         return stream
@@ -153,13 +161,19 @@ class MuxConnection:
     async def accept_stream(self) -> MuxStream | None:
         """The next stream that the peer has opened; None when the connection has ended."""
         await trio.lowlevel.checkpoint()
-        while not self._unaccepted:
+        while True:
+            while self._unaccepted and self._unaccepted[0].is_finished:  # opened and reset: nobody asks for anything
+                self._unaccepted.popleft()
+            if self._unaccepted:
+                break
             if self._end is not None:
                 return None
             if self._acceptable.is_set():
                 self._acceptable = trio.Event()
             await self._acceptable.wait()
-        return self._unaccepted.popleft()
+        stream = self._unaccepted.popleft()
+        stream.is_taken_up = True
+        return stream
 
     def _new_stream(self, stream_id: int) -> MuxStream:
         growth = min(MAX_FIRST_GRANT_BYTES - INITIAL_WINDOW_BYTES, self._growth_left_bytes // GRANT_SHARE)
@@ -358,6 +372,7 @@ class MuxConnection:
     def _discount(self, num_bytes: int) -> None:
         was_overfull = self._is_overfull()
         self._buffered_bytes -= num_bytes
+        self._unread.num_bytes -= num_bytes
         if was_overfull:
             self._last_received_s = trio.current_time()
             self._progress.unpark_all()
@@ -401,7 +416,8 @@ class MuxConnection:
                 if parser.is_over:
                     parser = FrameParser()
                 while self._is_overfull() or self._is_owed_too_much():
-                    await self._progress.park()
+                    with trio.move_on_after(OVERFULL_POLL_S):  # other connections tell this one nothing
+                        await self._progress.park()
             self._finish("the peer closed it")
         except ProtocolViolation as error:
             logger.warning("%s broke the protocol, its connection is closed: %s", self.peer_id, error)
@@ -412,8 +428,9 @@ class MuxConnection:
             self._finish(str(error))
 
     def _is_overfull(self) -> bool:
-        """Our readers leave so much unread that no more is taken from the peer."""
-        return self._buffered_bytes > self._config.max_receive_bytes_per_connection
+        """Our readers leave so much unread, here or in all connections, that no more is taken from the peer."""
+        most_bytes = FREE_UNREAD_BYTES if self._unread.is_too_much else self._config.max_receive_bytes_per_connection
+        return self._buffered_bytes > most_bytes
 
     def _is_owed_too_much(self) -> bool:
         """The peer asks for answers and does not take them."""
@@ -451,10 +468,13 @@ class MuxConnection:
         if frame.type == FrameType.DATA:
             stream.receive(frame.payload)
             self._buffered_bytes += frame.length
+            self._unread.num_bytes += frame.length
         else:
             stream.widen(frame.length)
         if frame.flags & RST:
             stream.break_off("the peer reset it")
+            if not stream.is_taken_up:
+                stream.reset()  # nobody will read what it sent
         elif frame.flags & FIN:
             stream.peer_closes()
 

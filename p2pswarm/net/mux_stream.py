@@ -63,6 +63,8 @@ class MuxStream:
         """Taken out by the reader, not yet granted again."""
         self.last_update_s = trio.current_time()
         self.buffered_bytes = 0
+        self.is_taken_up = False
+        """Whether somebody on this side knows of it."""
         self._owner = owner
         self._pieces: deque[Buffer] = deque()
         self._send_credit_bytes = INITIAL_WINDOW_BYTES

@@ -39,6 +39,7 @@ from p2pswarm.net.private.private_swarm import PrivateSwarm
 from p2pswarm.net.private.psk_noise import PSK_NOISE_PROTOCOL, ForeignTransport, PskNoiseTransport
 from p2pswarm.net.stock_connection import StockConnection
 from p2pswarm.net.traffic import Traffic
+from p2pswarm.net.unread import UnreadBytes
 
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 """What goes wrong with a peer is told by our exceptions; libp2p logs it again, tracebacks included."""
@@ -50,6 +51,7 @@ class Upgrader:
     def __init__(self, identity: Identity, config: NetworkConfig, private: PrivateSwarm | None = None) -> None:
         self.traffic = Traffic()
         """Of all connections that were made here."""
+        self._unread = UnreadBytes(config.max_receive_bytes)
         self._config = config
         spoken, not_spoken = _handshakes(identity, private, self.traffic)
         muxers: Any = {TProtocol(MUX_PROTOCOL): self._new_mux_connection, TProtocol(YAMUX_PROTOCOL): Yamux}
@@ -69,6 +71,7 @@ class Upgrader:
             is_initiator=secured.is_initiator,
             config=self._config,
             handshake_hash=secured.handshake_hash,
+            unread=self._unread,
         )
         self._movable[secured.handshake_hash] = connection
         return connection

@@ -13,7 +13,7 @@ from trio.testing import MockClock, memory_stream_pair
 from p2pswarm.core.errors import ConnectionLost
 from p2pswarm.core.ids import PeerId
 from p2pswarm.net.config import KIB, MIB, NetworkConfig
-from p2pswarm.net.mux_connection import MAX_QUEUED_ANSWER_BYTES, MuxConnection
+from p2pswarm.net.mux_connection import FREE_UNREAD_BYTES, MAX_QUEUED_ANSWER_BYTES, OVERFULL_POLL_S, MuxConnection
 from p2pswarm.net.mux_frames import (
     ACK,
     FIN,
@@ -29,6 +29,7 @@ from p2pswarm.net.mux_frames import (
 )
 from p2pswarm.net.mux_transports import SecureTransport
 from p2pswarm.net.path import DIRECT
+from p2pswarm.net.unread import UnreadBytes
 
 NewPipe = Callable[[], tuple[SecureTransport, SecureTransport]]
 LIMITS = NetworkConfig(
@@ -338,3 +339,50 @@ def test_plausible_frames_in_any_order_end_the_connection_and_nothing_else(frame
 
 def test_header_struct_has_no_padding() -> None:
     assert HEADER.size == 12 == struct.calcsize("!BBHII")
+
+
+async def test_what_was_opened_and_reset_is_neither_kept_nor_taken_up(attack: Attack) -> None:
+    async with attack() as attacker:
+        await attacker.send(FrameType.DATA, SYN, 1, 10_000, bytes(10_000))
+        await attacker.collect()
+        waiting = attacker.connection._streams[1]
+        await attacker.send(FrameType.WINDOW_UPDATE, RST, 1, 0)
+        await attacker.open(3)
+        await attacker.collect()
+        assert not waiting._pieces
+        stream = await attacker.connection.accept_stream()
+        assert stream is not None
+        assert stream.stream_id == 3
+
+
+async def test_all_connections_together_hold_so_much_unread_and_no_more(
+    new_pipe: NewPipe, autojump_clock: MockClock
+) -> None:
+    """Beyond, those are no longer read from that leave much; others go on."""
+    unread = UnreadBytes(max_bytes=FREE_UNREAD_BYTES)
+    async with trio.open_nursery() as nursery:
+        attackers = []
+        for _ in range(2):
+            theirs, ours = new_pipe()
+            connection = MuxConnection(ours, PeerId("attacker"), is_initiator=False, unread=unread)
+            nursery.start_soon(connection.run)
+            attackers.append(Attacker(theirs, connection))
+            await attackers[-1].open(1)
+        greedy, modest = attackers
+        for _ in range(5):
+            await greedy.send(FrameType.DATA, 0, 1, 64 * KIB, bytes(64 * KIB))
+        await greedy.collect()
+        assert unread.num_bytes == 5 * 64 * KIB
+        await greedy.send(FrameType.PING, SYN, 0, 99)
+        assert Frame(FrameType.PING, ACK, 0, 99) not in await greedy.collect()
+        await modest.send(FrameType.DATA, 0, 1, 1000, bytes(1000))
+        stream = await modest.connection.accept_stream()
+        assert stream is not None
+        assert len(await stream.read()) == 1000
+        stream = await greedy.connection.accept_stream()
+        assert stream is not None
+        await stream.read()
+        await trio.sleep(OVERFULL_POLL_S)
+        assert Frame(FrameType.PING, ACK, 0, 99) in await greedy.collect()
+        nursery.cancel_scope.cancel()
+    assert unread.num_bytes == 0

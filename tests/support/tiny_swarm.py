@@ -3,6 +3,7 @@
 For the tests of the rooms above `rpc`; `conftest.py` files beside them make fixtures of it.
 """
 
+import functools
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -21,7 +22,7 @@ from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.dispatch import BlocksDispatch, calls_into_loop
 from p2pswarm.client.distributed_model import DistributedModel
 from p2pswarm.client.forward import ForwardPass
-from p2pswarm.client.local_blocks import load_local_blocks
+from p2pswarm.client.local_blocks import LocalBlocks, load_local_blocks
 from p2pswarm.client.model_servers import ModelFacts, ModelServers
 from p2pswarm.core.ids import PeerId
 from p2pswarm.core.nursery import open_transparent_nursery
@@ -130,6 +131,12 @@ async def serving(
         nursery.cancel_scope.cancel()
 
 
+@functools.cache
+def local_blocks_of(checkpoint: Checkpoint, num_blocks: int) -> LocalBlocks:
+    """Loaded once: they know of no session."""
+    return load_local_blocks(checkpoint, num_blocks, torch.float32)
+
+
 def client_model(
     checkpoint: Checkpoint,
     network: Network,
@@ -144,7 +151,7 @@ def client_model(
     facts = ModelFacts(checkpoint.model_id, checkpoint.num_blocks, hidden_size)
     planner = DStarLitePlanner(config.costs, bans=BanList(config.ban_s), random=random.Random(5))
     servers = ModelServers(facts, view, planner, network, rpc, config)
-    local = load_local_blocks(checkpoint, config.local_blocks, torch.float32) if config.local_blocks else None
+    local = local_blocks_of(checkpoint, config.local_blocks) if config.local_blocks else None
     forward_pass = ForwardPass(servers, rpc, config, local)
     dispatch = BlocksDispatch(forward_pass, call or calls_into_loop())
     num_labels = NUM_LABELS if head is Head.SEQUENCE_CLASSIFICATION else None

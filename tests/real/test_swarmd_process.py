@@ -319,18 +319,19 @@ def test_people_read_a_few_lines(tmp_path: Path, start: Callable[..., list[str]]
         [sys.executable, "-m", "swarmd", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert server.stdout is not None
-    lines = [next(server.stdout) for _ in range(7)]
+    lines = [next(server.stdout) for _ in range(8)]
     for process in (server, bootstrap):
         process.send_signal(signal.SIGTERM)
         stdout, stderr = process.communicate(timeout=READY_TIMEOUT_S)
         assert stdout.endswith("stopped\n")
         assert stderr == ""
     assert lines[0] == "joined the swarm: 1 nodes known\n"
-    assert lines[1].startswith("8 of 8 blocks: ")
-    assert lines[2] == "loading tiny: blocks 0:8, float32\n"
-    assert lines[3].startswith("serving blocks 0:8 of 8 of ")
-    assert lines[5].startswith("  announced with ")
-    assert lines[6].startswith("  others join with: swarmd start ")
+    assert lines[1] == "others can dial this node (1 of 1 peers got through)\n"
+    assert lines[2].startswith("8 of 8 blocks: ")
+    assert lines[3] == "loading tiny: blocks 0:8, float32\n"
+    assert lines[4].startswith("serving blocks 0:8 of 8 of ")
+    assert lines[6].startswith("  announced with ")
+    assert lines[7].startswith("  others join with: swarmd start ")
 
 
 @pytest.mark.alone

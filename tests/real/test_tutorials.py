@@ -12,6 +12,7 @@ import pytest
 import torch
 from doc_pages import DOCS, run_examples
 
+from p2pswarm.checkpoint.cache_directory import CACHE_VARIABLE, cache_directory
 from p2pswarm.checkpoint.checkpoint import open_checkpoint
 from p2pswarm.client.portal import Portal
 from swarm_cli.local_swarm import LocalSwarmPlan, local_swarm, split_evenly
@@ -34,9 +35,10 @@ def address() -> Iterator[str]:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in which the pages find their data, and may write."""
+    """A folder in which the pages find their data, and may write. The model's weights need not be converted again."""
     (tmp_path / "docs").symlink_to(DOCS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(CACHE_VARIABLE, str(cache_directory()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ pytestmark = [
 
 TALK_S = 5.0
 PUNCHED_WITHIN_S = 3.0
+BLOCKED_S = 2.0
+RETRIED_WITHIN_S = 10.0
+"""The second try begins 6 s after the first."""
 DROPPED, REFUSED = Unsolicited.DROPPED, Unsolicited.REFUSED
 
 
@@ -48,14 +52,18 @@ class Lab:
         self.stack.callback(process.kill)
         return process
 
-    def talk(self, called_at: Place, caller_at: Place) -> list[dict[str, Any]]:
-        """All that the caller tells."""
+    def talk(
+        self, called_at: Place, caller_at: Place, seconds: float = TALK_S, begun: Callable[[], None] = lambda: None
+    ) -> list[dict[str, Any]]:
+        """All that the caller tells; `begun` is called when the two talk."""
         relay_at = self.lab.public("relay")
         relay = self.start(relay_at, "relay", relay_at.address)
         called = self.start(called_at, "called", line_of(relay)["addresses"][0])
-        caller = self.start(caller_at, "caller", line_of(called)["addresses"][0], str(TALK_S))
+        caller = self.start(caller_at, "caller", line_of(called)["addresses"][0], str(seconds))
+        lines = [line_of(caller)]
+        begun()
         assert caller.stdout is not None
-        lines = [json.loads(line) for line in caller.stdout]
+        lines += map(json.loads, caller.stdout)
         assert caller.wait(10) == 0
         assert not lines[0]["is_direct"], "it began through the relay"
         return lines
@@ -96,3 +104,19 @@ def test_relayed_stream_is_unharmed_where_routers_refuse_strangers(lab: Lab) -> 
     lines = lab.talk(at_home(lab.lab, "called", REFUSED), at_home(lab.lab, "caller", REFUSED))
     assert [line["is_direct"] for line in lines[:-1]] == [False]
     assert lines[-1]["num_messages"] > 100
+
+
+def test_hole_that_could_not_be_punched_at_first_is_tried_again(lab: Lab) -> None:
+    called_router, caller_router = (lab.lab.router(name, DROPPED) for name in ("home", "cafe"))
+    outer_address = called_router.run("ip", "-4", "-o", "addr", "show", "dev", "outer").split()[3]
+    to_the_other = ["FORWARD", "-d", outer_address.partition("/")[0], "-j", "DROP"]
+    caller_router.run("iptables", "-I", *to_the_other)
+
+    def open_the_way() -> None:
+        time.sleep(BLOCKED_S)
+        caller_router.run("iptables", "-D", *to_the_other)
+
+    called_at, caller_at = lab.lab.behind(called_router, "called"), lab.lab.behind(caller_router, "caller")
+    lines = lab.talk(called_at, caller_at, RETRIED_WITHIN_S, open_the_way)
+    assert [line["is_direct"] for line in lines[:-1]] == [False, True]
+    assert BLOCKED_S < lines[1]["after_s"] < RETRIED_WITHIN_S

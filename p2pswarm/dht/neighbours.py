@@ -98,7 +98,7 @@ class Neighbours:
         return answer.message
 
     async def greet(self, contact: Contact) -> str | None:
-        """Dials a contact from outside the DHT, with more patience than `ask` has; why it failed, None if it did not."""
+        """Dials a contact from outside the DHT, with more patience than `ask` has; why that failed, if it did."""
         failure = "it has no address"
         for address in contact.addresses:
             try:

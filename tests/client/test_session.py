@@ -13,6 +13,7 @@ from p2pswarm.client.config import ClientConfig
 from p2pswarm.client.model_servers import dtype_of
 from p2pswarm.client.step_input import StepInput
 from p2pswarm.core.errors import ConfigError, ConnectionLost, MissingBlocksError, ServerBusy
+from p2pswarm.core.ids import PeerId
 from p2pswarm.core.server_info import ServerState
 from p2pswarm.core.span import Span
 from p2pswarm.routing.bans import BanReason
@@ -192,12 +193,13 @@ async def test_server_without_room_is_gone_round_without_a_ban(open_world) -> No
     async with open_world(spans=(FIRST, FIRST, MIDDLE, LAST)) as world:
         full, other = (peer_id for peer_id, info in world.view.servers.items() if info.span == FIRST)
         world.view.servers[other] = replace(world.view.servers[other], inference_tokens_per_s=50.0)
-        memory = world.services[full].memory
-        tenant = memory.come(1, CACHE_TOKENS, CACHE_TOKENS)
+        memory, half = world.services[full].memory, CACHE_TOKENS // 2
+        tenants = [memory.come(1, half, half, owner=PeerId(name)) for name in ("one", "two")]
         async with world.model.session(max_length=20) as session:
             await session.step(StepInput(states(3), 0))
             assert session.route.hops[0].peer_id == other
-        memory.leave(tenant)
+        for tenant in tenants:
+            memory.leave(tenant)
         async with world.model.session(max_length=20) as session:
             await session.step(StepInput(states(3), 0))
             assert session.route.hops[0].peer_id == full

@@ -21,7 +21,16 @@ from p2pswarm.core.span import Span
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint
 from p2pswarm.wire.codecs import encode_tensor
 from p2pswarm.wire.tuning import TunedLayer, WireTuning
-from swarmd.training_memory import AskedRows, BackwardMemory, Growth, TripSize, TunedBytes, trip_size, tuned_bytes
+from swarmd.training_memory import (
+    AskedRows,
+    BackwardMemory,
+    Growth,
+    TripSize,
+    TunedBytes,
+    trip_size,
+    tuned_bytes,
+    with_gaps,
+)
 from swarmd.working_memory import backward_history, backward_memory, notes_bytes, tensor_bytes
 
 MIB = 1 << 20
@@ -105,16 +114,17 @@ def test_few_rows_through_blocks_of_any_kind_take_no_more_than_is_said(
         assert memory.rows_within(taken_bytes - 1, num_tokens, SPAN.num_blocks, num_noted) < num_rows
 
 
-def size_of(limit_bytes: int, num_rows: int, num_tokens: int, **more: Any) -> TripSize:
+def size_of(tensor_bytes: int, num_rows: int, num_tokens: int, **more: Any) -> TripSize:
+    """Where the tensors may take so many bytes."""
     rows = AskedRows(num_rows, num_tokens, Span(3, 7), None)
-    return trip_size(MEMORY, limit_bytes, rows, **{"max_length": 500, "pass_tokens": PASS_TOKENS, **more})
+    return trip_size(MEMORY, with_gaps(tensor_bytes), rows, **{"max_length": 500, "pass_tokens": PASS_TOKENS, **more})
 
 
 def test_a_row_that_does_not_fit_is_refused_with_how_many_tokens_do() -> None:
     assert size_of(21_000, 1, 72) == TripSize(1, 1)
     with pytest.raises(
         BadRequest,
-        match=r"gradients of a row of 90 tokens through blocks 3:7 take 26 KiB, and this server has 21 KiB for them "
+        match=r"gradients of a row of 90 tokens through blocks 3:7 take 37 KiB, and this server has 29 KiB for them "
         r"\(--training-memory\): rows of up to 72 tokens fit",
     ):
         size_of(21_000, 5, 90)
@@ -175,7 +185,7 @@ def test_rows_and_notes_fit_and_none_that_fit_cost_less(
         return num_stages(num_blocks, size.num_noted) * (trips * pass_tokens + num_rows * num_tokens)
 
     try:
-        size = trip_size(memory, limit_bytes, rows, max_length=600, pass_tokens=pass_tokens)
+        size = trip_size(memory, with_gaps(limit_bytes), rows, max_length=600, pass_tokens=pass_tokens)
     except BadRequest as error:
         assert taken_bytes(TripSize(1, 1)) > limit_bytes
         fitting = int(str(error).rpartition("up to ")[2].split()[0])

@@ -29,8 +29,8 @@ class NetworkConfig:
     """Open at once, opened by the peer; more are refused one by one."""
     max_unaccepted_streams: int = 1024
     """Opened by the peer, not yet taken up by us; more are refused one by one."""
-    max_new_streams_per_s: float = 400.0
-    """Taken up, of all peers together: a tenth of a core. More wait, unaccepted; connections take turns."""
+    max_new_streams_per_s: float = 200.0
+    """Taken up, of all peers together: an eighth of a core. More wait, unaccepted; connections take turns."""
     max_stream_window_bytes: int = 16 * MIB
     """How far a stream's receive window may grow: what a long, fat link can have in flight."""
     max_receive_bytes_per_connection: int = 128 * MIB
@@ -40,6 +40,8 @@ class NetworkConfig:
     max_connections: int = 1024
     """At this limit the one that has been idle longest is closed for a newcomer."""
     max_connections_per_peer: int = 8
+    max_accepts_per_s: float = 300.0
+    """Connections taken from the system, of all together: a tenth of a core if nothing comes of them."""
     max_entrants: int = 256
     """Strangers in their handshakes, waiting for them, or silent. One more, and the address with the most loses one."""
     first_bytes_timeout_s: float = 3.0
@@ -61,6 +63,7 @@ class NetworkConfig:
             "ping_timeout_s",
             "first_bytes_timeout_s",
             "handshake_burst_s",
+            "max_accepts_per_s",
             "max_new_streams_per_s",
             "idle_connection_timeout_s",
         ):

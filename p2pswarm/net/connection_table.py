@@ -21,7 +21,7 @@ from p2pswarm.net.pace import Pace
 
 LOOKS_PER_IDLE_TIMEOUT = 4
 """So an idle connection is closed up to a quarter of its time too late."""
-NEW_STREAMS_BURST_S = 2.5
+NEW_STREAMS_BURST_S = 5.0
 """Of the pace of new streams, saved up: a client with a thousand sessions begins them all at once."""
 TOLERATED_OFFENCES = 16
 """Streams that end in a violation: of a bug one in a while, of an attack hundreds."""

@@ -66,7 +66,8 @@ class Door:
                 await self._first_bytes(said_something)
                 await self._turn(entrant)
                 return await metered
-            if metered.seconds:
+            has_waited_in_vain = not metered.seconds and trio.current_time() >= scope.deadline
+            if not has_waited_in_vain:  # it stopped half way, or was one of too many
                 self.note_failure(source)
             raise ConnectionLost(f"{source} was still at the door when its time, or the room, was up")
         except NetworkError:

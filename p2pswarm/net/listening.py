@@ -20,10 +20,14 @@ from p2pswarm.net.connection import Connection
 from p2pswarm.net.connection_table import ConnectionTable
 from p2pswarm.net.door import Door
 from p2pswarm.net.local_port import LocalPort
+from p2pswarm.net.pace import Pace
+from p2pswarm.net.paced_listener import PacedListener
 from p2pswarm.net.pipe import Pipe, TcpPipe
 from p2pswarm.net.upgrade import Upgrader
 
 LISTEN_BACKLOG = 512
+ACCEPTS_BURST_S = 2.0
+"""Of the pace of accepting, saved up."""
 INTERFACES_LIFETIME_S = 30.0
 """A laptop that changes its network is noticed this late; asking the system costs a millisecond."""
 IP_FAMILIES = (socket.AF_INET, socket.AF_INET6)
@@ -92,8 +96,11 @@ class Listening:
         self._scope.cancel()
 
     async def _accept_sockets(self, listeners: list[trio.SocketListener]) -> None:
+        rate_per_s = self._config.max_accepts_per_s
+        pace = Pace(rate_per_s, rate_per_s * ACCEPTS_BURST_S, trio.current_time())
+        paced = [PacedListener(listener, pace) for listener in listeners]
         with self._scope:
-            await trio.serve_listeners(self.accept_socket, listeners, handler_nursery=self._nursery)
+            await trio.serve_listeners(self.accept_socket, paced, handler_nursery=self._nursery)
 
     async def accept_socket(self, stream: trio.SocketStream) -> None:
         """The whole life of a TCP connection over which the other side speaks first."""

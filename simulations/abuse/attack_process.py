@@ -26,6 +26,7 @@ def main() -> None:
     facts = json.loads(described)
     target = Target(
         address=facts["addresses"][0],
+        source_host=f"127.1.{os.getpid() // 200 % 200}.{os.getpid() % 200}",  # each attack from a new one
         model_id=ModelId(facts["model_id"]),
         span=Span(facts["start_block"], facts["end_block"]),
         max_length=facts["max_length"],

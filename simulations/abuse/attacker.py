@@ -20,8 +20,6 @@ from p2pswarm.net.negotiation import propose
 from p2pswarm.net.pipe import TcpPipe
 from p2pswarm.net.upgrade import Upgrader
 
-SOURCE_HOST = "127.0.0.2"
-"""Another one than the honest clients', as it would be."""
 PAUSE_AFTER_FAILURE_S = 0.05
 
 
@@ -30,6 +28,8 @@ class Target:
     """Who is attacked, and what it serves."""
 
     address: str
+    source_host: str
+    """Where the attacker comes from: another address than the honest clients', as it would be."""
     model_id: ModelId
     span: Span
     max_length: int
@@ -42,7 +42,7 @@ class Target:
 
 async def open_socket(target: Target) -> trio.SocketStream:
     address = parse_tcp_address(split_peer_address(target.address)[0])
-    return await trio.open_tcp_stream(address.host, address.port, local_address=SOURCE_HOST)
+    return await trio.open_tcp_stream(address.host, address.port, local_address=target.source_host)
 
 
 async def connect(target: Target, identity: Identity) -> Connection:

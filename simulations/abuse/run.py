@@ -5,9 +5,10 @@
 
 Method. One server process of SmolLM2-135M with one thread, and a client beside it that generates greedily, in one
 session for each attack: some seconds in quiet, some under the attack, some in quiet again. The attacker is a process
-of its own, from another address (127.0.0.2), at the lowest priority, since in life it computes elsewhere; what the
-server does for it counts. Under the attack another client comes and connects. In the end the server is left in peace,
-and its memory is set beside what it was before the first attack, after a round of all attacks that is not measured.
+of its own, from another address (one of 127.1.0.0/16), at the lowest priority, since in life it computes elsewhere;
+what the server does for it counts. Under the attack another client comes and connects. In the end the server is left
+in peace, and its memory is set beside what it was before the first attack, after a round of all attacks that is not
+measured.
 
 Exits 1 when a token differs from the local model's, when a session keeps less than 70 % of its speed, when a newcomer
 needs more than 8 s, or when memory or sockets do not come back.

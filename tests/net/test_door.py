@@ -106,7 +106,7 @@ async def test_the_door_shuts_after_many_failures_and_opens_again(
     assert "connections from a keep failing" in caplog.text
 
 
-async def test_making_room_is_no_failure(autojump_clock: MockClock) -> None:
+async def test_the_door_shuts_to_a_crowd_that_says_nothing(autojump_clock: MockClock) -> None:
     async with open_door() as door, trio.open_nursery() as nursery:
 
         async def stay_silent() -> None:
@@ -117,4 +117,13 @@ async def test_making_room_is_no_failure(autojump_clock: MockClock) -> None:
             nursery.start_soon(stay_silent)
         await trio.sleep(1)
         assert door.num_present == 3
-        assert not door.is_shut_to(A)
+        assert door.is_shut_to(A)
+        assert not door.is_shut_to(B)
+
+
+async def test_who_waits_for_its_turn_in_vain_has_done_nothing(autojump_clock: MockClock) -> None:
+    door = Door(CONFIG)  # nobody lets anybody in
+    for _ in range(2 * TOLERATED_FAILURES):
+        with pytest.raises(ConnectionLost, match="time"):
+            await door.admit(A, trio.lowlevel.checkpoint, greet)
+    assert not door.is_shut_to(A)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from p2pswarm.dht.config import DhtConfig, StoreLimits
-from p2pswarm.net import admission, connection_table, mux_connection
+from p2pswarm.net import admission, connection_table, listening, mux_connection
 from p2pswarm.net.config import KIB, MIB, NetworkConfig
 from p2pswarm.rpc.limits import RpcLimits
 from p2pswarm.wire.framed_stream import SLOWEST_BYTES_PER_S
@@ -20,6 +20,7 @@ NET, RPC, DHT, STORE = NetworkConfig(), RpcLimits(), DhtConfig(), StoreLimits()
 @pytest.mark.parametrize(
     "statement",
     [
+        f"| connections taken from the system | {NET.max_accepts_per_s:g} a second, 600 at once |",
         f"| {NET.handshake_share:.0%} of".replace("%", " %"),
         f"{NET.handshake_burst_s:g} s of it saved up",
         f"| first bytes of a connection | within {NET.first_bytes_timeout_s:g} s |",
@@ -64,4 +65,5 @@ def test_shares_and_periods_are_the_codes() -> None:
     assert (memory.MAX_SHARE, memory.MAX_EQUAL_PARTS) == (1 / 2, 2)
     assert connection_table.LONGEST_BAR_S == 3600
     assert admission.FAILURE_PERIOD_S == connection_table.OFFENCES_PERIOD_S == 60
+    assert NET.max_accepts_per_s * listening.ACCEPTS_BURST_S == 600
     assert NET.max_new_streams_per_s * connection_table.NEW_STREAMS_BURST_S == 1000

@@ -58,6 +58,7 @@ demo: setup
 sim: setup
 	$(BIN)/python -m simulations.transport.run
 	$(BIN)/python -m simulations.relay.run
+	$(BIN)/python -m simulations.private_swarm.run
 	$(BIN)/python -m simulations.dht.run
 	$(BIN)/python -m simulations.routing.run
 	$(BIN)/python -m simulations.churn.run --quick

@@ -26,6 +26,7 @@ from p2pswarm.net.identity import Identity
 from p2pswarm.net.private.member_list import MemberList
 from p2pswarm.net.private.swarm_key import SwarmKey
 from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint, save_tiny_tokenizer
+from simulations.private_swarm.run import compare
 from swarm_cli.local_swarm import LocalSwarmPlan, ServerProcess, local_swarm
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
@@ -141,6 +142,13 @@ async def generate_until_removed(user: Identity, people: Swarmers, servers: Priv
             with trio.fail_after(REMOVED_WITHIN_S):
                 async for _ in tokens:
                     await trio.sleep(0.1)
+
+
+async def test_open_and_private_swarm_decode_the_same_tokens(tmp_path: Path) -> None:
+    save_tiny_tokenizer(save_tiny_checkpoint(tmp_path / "tiny-llama", "llama", eos_token_id=None))
+    found = await compare(str(tmp_path / "tiny-llama"), num_servers=2, num_rounds=1, num_tokens=16)
+    assert found.are_same
+    assert len(found.ratios) == 1
 
 
 def test_key_invitation_and_text_as_people_use_them(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
     start    join as a node that only those hear of whom it asks -> ask some of them to dial us
     public   serve the DHT, announce where we listen, and where they got through
-    private  ask the router to forward a port, and ask the peers again -> else keep places on two relays, announce
-             those, and be a client of the DHT
+    private  keep places on two relays, announce those, and be a client of the DHT; meanwhile ask the router to forward
+             a port, and the peers again
     later    ask again every few minutes, soon after a surprise, at once when this machine's addresses change
 
 Nobody to ask means unknown, which is taken for public: the first node of a swarm cannot know better. Who is told by its
@@ -73,6 +73,7 @@ class Reaching:
         self._num_asked = 0
         self._has_asked_router = False
         self._served: tuple[bool, tuple[str, ...]] | None = None
+        self._has_asked = trio.Event()
         self._has_relay = trio.Event()
         self._settled = trio.Event()
         self._changed = trio.Event()
@@ -110,8 +111,9 @@ class Reaching:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._keep_relays_while_private)
-                await self._settled.wait()
+                await self._has_asked.wait()
                 while not self._is_told:
+                    await self._try_router()
                     await self._wait_for_reason()
                     await self._check()
         finally:
@@ -124,6 +126,7 @@ class Reaching:
             await self._take_operators_word()
         else:
             await self._check()
+        self._has_asked.set()
         if self.reachability is Reachability.PRIVATE:
             with trio.move_on_after(FIRST_RELAY_TIMEOUT_S):
                 await self._has_relay.wait()
@@ -158,15 +161,24 @@ class Reaching:
         before = self._state
         reports = await self._ask()
         self._state = self._state.after(reports)
-        if self.reachability is Reachability.PRIVATE and await self._has_router_forward():
-            reports = await self._ask()
-            self._state = self._state.after_move().after(reports)
-        self._has_asked_router = self.reachability is Reachability.PRIVATE
+        if self.reachability is not Reachability.PRIVATE:
+            self._has_asked_router = False
         self._publish()
         if self._state.reachability is not before.reachability or self._state.confirmed != before.confirmed:
             num_reached = sum(bool(report.reached_ports) for report in reports)
             self._tell(f"{num_reached} of {len(reports)} peers got through")
         await self._serve_accordingly()
+
+    async def _try_router(self) -> None:
+        """Where we cannot be dialled, has a router forward a port, and asks whether that helps. Once, and again when
+        its port has led here and does no longer."""
+        if self._mapper is None or self._has_asked_router or self.reachability is not Reachability.PRIVATE:
+            return
+        self._has_asked_router = True
+        ports = [address.port for address in self._host.own_listen_addresses() if address.kind == "ip4"]
+        if ports and await self._mapper.map(ports[0]) is not None:
+            self._state = self._state.after_move()
+            await self._check()
 
     def _tell(self, why: str) -> None:
         addresses = list(self._host.addresses)
@@ -191,13 +203,6 @@ class Reaching:
     def _prober_hosts(self) -> dict[PeerId, str]:
         """Nodes of the DHT, and the machine of each."""
         return {contact.peer_id: contact.addresses[0].split("/")[2] for contact in self._dht.contacts()}
-
-    async def _has_router_forward(self) -> bool:
-        """Whether a router says that it does; asked once, and again when its port has led here and does no longer."""
-        if self._mapper is None or self._has_asked_router:
-            return False
-        ports = [address.port for address in self._host.own_listen_addresses() if address.kind == "ip4"]
-        return bool(ports) and await self._mapper.map(ports[0]) is not None
 
     # Relays
 

@@ -63,11 +63,12 @@ class NoiseSession(SecureSession):
         )
         reader_writer = cast("Any", secured.conn)
         noise = reader_writer.noise_state.noise_protocol
-        session._traffic = traffic
         session.handshake_hash = noise.handshake_hash
         session._encryption = noise.cipher_state_encrypt.cipher.cipher
         session._decryption = noise.cipher_state_decrypt.cipher.cipher
         session._pipe = reader_writer.read_writer.read_write_closer.stream.pipe
+        # What goes through a relay is counted on the way to it, as what goes over a socket.
+        session._traffic = traffic if session.path.is_direct else Traffic()
         return session
 
     def __init__(self, **arguments: Any) -> None:

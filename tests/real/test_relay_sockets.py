@@ -202,6 +202,14 @@ async def test_a_relay_reads_nothing_of_what_it_passes_on() -> None:
     assert ECHO.encode() not in relay.seen
 
 
+async def test_what_goes_through_a_relay_counts_once_as_traffic() -> None:
+    async with relaying() as (relay_host, _), behind(relay_host) as server, client() as network:
+        await network.connect(server.addresses[0])
+        await exchange(network, server.peer_id, bytes(1_000_000))
+        assert 1_000_000 < network.traffic.sent_bytes < 1_050_000
+        assert 1_000_000 < network.traffic.received_bytes < 1_050_000
+
+
 async def test_circuits_come_only_from_relays_that_were_asked() -> None:
     async with relaying() as (asked, _), relaying() as (stranger, relay), behind(asked) as server:
         await server.connect(stranger.addresses[0])

@@ -43,8 +43,9 @@ REQUEST_TIMEOUT_S = 8.0
 """Until a peer that has opened a stream must have said what it wants."""
 CONNECT_TIMEOUT_S = 5.0
 """Until the target must have taken up a circuit: the source waits, and may have other ways to try."""
-RELAYED_PIECE_BYTES = MAX_FRAME_BYTES
-"""Read at a time: a full frame goes on as one. At 8 MiB/s, a circuit that sends much delays the others by 8 ms."""
+RELAYED_PIECE_BYTES = 4 * MAX_FRAME_BYTES
+"""Read at a time: full frames go on as they came, and a few together cost a sixth less than one by one. At 8 MiB/s, a
+circuit that sends much delays the others by 32 ms."""
 LINGER_S = 5.0
 """After one end has closed its side, for what the other may still have to say."""
 

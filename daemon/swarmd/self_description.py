@@ -62,14 +62,15 @@ def answer_info(presence: Presence, figures: Figures | None, dht: DhtNode) -> In
 
 def address_to_join_by(config: ServerConfig, info: ServerInfo) -> str:
     """Our own; where we cannot be dialled, and so serve nobody who joins, one that we joined by ourselves."""
-    return config.peers[0] if config.peers and info.using_relay else info.addresses[0]
+    return config.peer_addresses[0] if config.peers and info.using_relay else info.addresses[0]
 
 
 def ready_fields(
     config: ServerConfig, info: ServerInfo, line: Line, device: str, start_s: float
 ) -> Mapping[str, object]:
     """Of the event that tells the operator how the server can be reached."""
-    join = f"swarmd start {shlex.quote(config.model)} --peers {address_to_join_by(config, info)}"
+    key = f" --swarm-key {shlex.quote(str(config.swarm_key))}" if config.swarm_key is not None else ""
+    join = f"swarmd start {shlex.quote(config.model)}{key} --peers {address_to_join_by(config, info)}"
     return {
         "peer_id": info.peer_id,
         "addresses": list(info.addresses),

@@ -35,28 +35,37 @@ def working_memory_bytes(model: SpanModel, num_weights: int, max_tokens: int) ->
 
 
 def backward_memory(model: SpanModel) -> BackwardMemory:
-    """What gradients take, by those of three rows in one block, of which each is twice as long as the one before.
+    """What gradients take, in the kind of block in which they take most, by those of three rows, of which each is twice
+    as long as the one before.
 
     They are short, by the weights that a block of this size usually has. What grows with the square of the length is
     little in short rows; so it is looked for at every moment, and not only at those that take most.
     """
     if not model.can_train:
         return BackwardMemory()
+    kinds = [_block_memory(model, index) for index in model.unlike_blocks()]
+    return BackwardMemory(
+        max(kind.fixed_bytes for kind in kinds),
+        _largest({moment for kind in kinds for moment in kind.moments}),
+        state_bytes=model.hidden_size * model.dtype.itemsize,
+        notes=Growth(max(kind.notes.token_bytes for kind in kinds), max(kind.notes.square_bytes for kind in kinds)),
+        fixed_notes_bytes=max(kind.fixed_notes_bytes for kind in kinds),
+    )
+
+
+def _block_memory(model: SpanModel, index: int) -> BackwardMemory:
     num_weights = 12 * model.hidden_size**2
     num_tokens = max(2, min(MAX_MEASURED_ROW, int(MEASURED_MULTIPLICATIONS / 16 / num_weights)))
-    histories = [backward_history(model, num_tokens * factor) for factor in (1, 2, 4)]
+    histories = [backward_history(model, index, num_tokens * factor) for factor in (1, 2, 4)]
     if len({len(history) for history in histories}) > 1:  # it does something else with longer rows
         histories = [[max(history)] for history in histories]
-    fixed_bytes, moments = 0.0, set()
-    for sizes in zip(*histories, strict=True):
-        fixed, growth = _fit(num_tokens, *sizes)
-        fixed_bytes = max(fixed_bytes, fixed)
-        moments.add(growth)
-    fixed_notes_bytes, notes = _fit(num_tokens, *(notes_bytes(model, num_tokens * factor) for factor in (1, 2, 4)))
+    fits = [_fit(num_tokens, *sizes) for sizes in zip(*histories, strict=True)]
+    fixed_notes_bytes, notes = _fit(
+        num_tokens, *(notes_bytes(model, index, num_tokens * factor) for factor in (1, 2, 4))
+    )
     return BackwardMemory(
-        math.ceil(fixed_bytes),
-        _largest(moments),
-        state_bytes=model.hidden_size * model.dtype.itemsize,
+        math.ceil(max(0.0, *(fixed_bytes for fixed_bytes, _ in fits))),
+        tuple(growth for _, growth in fits),
         notes=notes,
         fixed_notes_bytes=math.ceil(fixed_notes_bytes),
     )
@@ -78,32 +87,31 @@ def _largest(moments: set[Growth]) -> tuple[Growth, ...]:
     return tuple(found)
 
 
-def backward_history(model: SpanModel, num_tokens: int) -> list[int]:
-    """Bytes at each moment while one row goes through one block, all that came for it included."""
+def backward_history(model: SpanModel, index: int, num_tokens: int) -> list[int]:
+    """Bytes at each moment while one row goes through that block, all that came for it included."""
 
     def there_and_back() -> None:
-        _one_block_trip(model, num_tokens).go_on(num_stages(1, 1))
+        _one_block_trip(model, index, num_tokens).go_on(num_stages(1, 1))
 
     return tensor_bytes(there_and_back)
 
 
-def notes_bytes(model: SpanModel, num_tokens: int) -> int:
-    """What a block has of one row between its way there and its way back; what went in and came out is not counted."""
+def notes_bytes(model: SpanModel, index: int, num_tokens: int) -> int:
+    """What that block has of one row between its way there and its way back, but for what went in and came out."""
     with _LiveTensors() as live, torch.inference_mode():
-        trip = _one_block_trip(model, num_tokens)
+        trip = _one_block_trip(model, index, num_tokens)
         came_bytes = live.live_bytes
         trip.go_on(1)
         added_bytes: int = live.live_bytes - came_bytes
     return added_bytes - num_tokens * model.hidden_size * model.dtype.itemsize
 
 
-def _one_block_trip(model: SpanModel, num_tokens: int) -> RoundTrip:
+def _one_block_trip(model: SpanModel, index: int, num_tokens: int) -> RoundTrip:
     """One row's. Some of it is padding, since masks take memory too."""
     mask = torch.ones(1, num_tokens, dtype=torch.bool)
     mask[:, : num_tokens // 2] = False
     states, gradients = (torch.zeros(1, num_tokens, model.hidden_size) for _ in range(2))
-    first = Span(model.span.start, model.span.start + 1)
-    return model.start_backward(states, gradients, attention_mask=mask, blocks=first)
+    return model.start_backward(states, gradients, attention_mask=mask, blocks=Span(index, index + 1))
 
 
 def _pass_bytes(model: SpanModel, num_tokens: int) -> int:

@@ -85,6 +85,13 @@ class SpanModel:
         """Of the adapters that runs may ask for."""
         return self._active_adapter.known
 
+    def unlike_blocks(self) -> list[int]:
+        """The first block of each kind: alike are those with parameters of the same names and shapes."""
+        kinds: dict[tuple[tuple[str, torch.Size], ...], int] = {}
+        for index, block in self._blocks.items():
+            kinds.setdefault(tuple((name, weight.shape) for name, weight in block.named_parameters()), index)
+        return list(kinds.values())
+
     def new_pool(self, num_pages: int) -> KVPool:
         """Memory for the keys and values of many sessions; on a CPU it becomes resident as it is used."""
         return KVPool(self._layer_shapes, num_pages, self.device)

@@ -62,7 +62,8 @@ def answer_info(presence: Presence, figures: Figures | None, dht: DhtNode) -> In
 
 def address_to_join_by(config: ServerConfig, info: ServerInfo) -> str:
     """Our own; where we cannot be dialled, and so serve nobody who joins, one that we joined by ourselves."""
-    return config.peer_addresses[0] if config.peers and info.using_relay else info.addresses[0]
+    addresses = config.peer_addresses if info.using_relay else info.addresses
+    return addresses[0] if addresses else "MULTIADDR"
 
 
 def ready_fields(

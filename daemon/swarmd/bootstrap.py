@@ -30,7 +30,7 @@ async def run_bootstrap(
     """
     events("starting", version=version("p2pswarm"))
     identity = Identity.load_or_create(identity_path)
-    private = private_swarm_of(config, identity_path)
+    private = private_swarm_of(config, identity_path, identity.peer_id)
     listen = listen_addresses(config.host, config.port)
     async with (
         open_network(identity, listen=listen, announce=config.announce, private=private) as network,

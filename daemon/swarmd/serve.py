@@ -74,7 +74,7 @@ async def serve(
     """Serves blocks of a model until `stop` is set, then stops in order. Raises `SwarmingError`: it cannot start."""
     events("starting", model=config.model, version=version("p2pswarm"))
     identity = Identity.load_or_create(identity_path)
-    private = private_swarm_of(config, identity_path)
+    private = private_swarm_of(config, identity_path, identity.peer_id)
     listen = listen_addresses(config.host, config.port)
     async with (
         open_network(identity, listen=listen, announce=config.announce, private=private) as network,

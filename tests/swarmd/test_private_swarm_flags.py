@@ -24,13 +24,13 @@ def key_file(folder: Path) -> Path:
 
 
 def test_node_without_a_key_is_of_the_open_swarm(tmp_path: Path) -> None:
-    assert private_swarm_of(NodeConfig(peers=(ADDRESS,)), tmp_path / "node.key") is None
+    assert private_swarm_of(NodeConfig(peers=(ADDRESS,)), tmp_path / "node.key", NODE.peer_id) is None
 
 
 def test_key_comes_from_a_file_or_an_invitation(tmp_path: Path) -> None:
     invited = NodeConfig(peers=(INVITATION,))
     for config in (NodeConfig(swarm_key=key_file(tmp_path)), invited):
-        private = private_swarm_of(config, tmp_path / "node.key")
+        private = private_swarm_of(config, tmp_path / "node.key", NODE.peer_id)
         assert private is not None
         assert private.key == KEY
     assert invited.peer_addresses == (ADDRESS,)
@@ -43,13 +43,20 @@ def test_damaged_invitation_is_a_mistake_on_the_command_line() -> None:
 
 def test_list_of_members_needs_a_key(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="give --swarm-key too"):
-        private_swarm_of(NodeConfig(members=tmp_path / "members"), tmp_path / "node.key")
+        private_swarm_of(NodeConfig(members=tmp_path / "members"), tmp_path / "node.key", NODE.peer_id)
 
 
 def test_newest_list_is_kept_beside_the_identity(tmp_path: Path) -> None:
     given = tmp_path / "members"
     given.write_bytes(MemberList.sign(OWNER, 3, [NODE.peer_id]).text)
-    private_swarm_of(NodeConfig(swarm_key=key_file(tmp_path), members=given), tmp_path / "node.key")
-    restarted = private_swarm_of(NodeConfig(peers=(INVITATION,)), tmp_path / "node.key")
+    private_swarm_of(NodeConfig(swarm_key=key_file(tmp_path), members=given), tmp_path / "node.key", NODE.peer_id)
+    restarted = private_swarm_of(NodeConfig(peers=(INVITATION,)), tmp_path / "node.key", NODE.peer_id)
     assert restarted is not None
     assert restarted.members.version == 3
+
+
+def test_node_that_its_own_list_leaves_out_does_not_start(tmp_path: Path) -> None:
+    given = tmp_path / "members"
+    given.write_bytes(MemberList.sign(OWNER, 3, [OWNER.peer_id]).text)
+    with pytest.raises(ConfigError, match=f"swarm members add {NODE.peer_id}"):
+        private_swarm_of(NodeConfig(swarm_key=key_file(tmp_path), members=given), tmp_path / "node.key", NODE.peer_id)

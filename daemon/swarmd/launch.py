@@ -22,6 +22,7 @@ from swarmd.config import NodeConfig, ServerConfig, read_config
 from swarmd.dry_run import dry_run
 from swarmd.events import Events, JsonEvents, PlainEvents
 from swarmd.identity_file import held_identity
+from swarmd.open_files import allow_enough_files
 from swarmd.serve import serve
 from swarmd.stopping import stop_when_told, unless
 from swarmd.throughput import ThroughputSource
@@ -66,6 +67,7 @@ def _run_node(read: Callable[[], Config], kind: str, node: Node[Config]) -> int:
         return EXIT_USAGE
     logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     events: Events = JsonEvents(sys.stdout, SystemClock()) if config.json else PlainEvents(sys.stdout)
+    allow_enough_files()
     failures: list[BaseException] = []
     try:
         with held_identity(config.identity, kind) as identity_path:

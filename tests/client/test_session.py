@@ -19,6 +19,7 @@ from p2pswarm.core.span import Span
 from p2pswarm.routing.bans import BanReason
 from p2pswarm.routing.planner import RouteRequest
 from p2pswarm.wire.messages import Codec
+from swarmd.memory import KVMemory, Tenant
 
 FIRST, MIDDLE, LAST = Span(0, 3), Span(3, 4), Span(4, 8)
 HIDDEN_SIZE = 64
@@ -189,12 +190,18 @@ async def test_first_failure_is_the_last_where_no_retries_are_wanted(open_world)
         await session.step(StepInput(states(1), 3))
 
 
+def fill(memory: KVMemory) -> list[Tenant]:
+    """By two peers, none of whom has more than its part."""
+    half = CACHE_TOKENS // 2
+    return [memory.come(1, half, half, owner=PeerId(name)) for name in ("one", "two")]
+
+
 async def test_server_without_room_is_gone_round_without_a_ban(open_world) -> None:
     async with open_world(spans=(FIRST, FIRST, MIDDLE, LAST)) as world:
         full, other = (peer_id for peer_id, info in world.view.servers.items() if info.span == FIRST)
         world.view.servers[other] = replace(world.view.servers[other], inference_tokens_per_s=50.0)
-        memory, half = world.services[full].memory, CACHE_TOKENS // 2
-        tenants = [memory.come(1, half, half, owner=PeerId(name)) for name in ("one", "two")]
+        memory = world.services[full].memory
+        tenants = fill(memory)
         async with world.model.session(max_length=20) as session:
             await session.step(StepInput(states(3), 0))
             assert session.route.hops[0].peer_id == other
@@ -208,7 +215,7 @@ async def test_server_without_room_is_gone_round_without_a_ban(open_world) -> No
 async def test_swarm_that_is_full_says_so(open_world) -> None:
     config = ClientConfig(known_peers_path=None, recovery_timeout_s=0.2)
     async with open_world(config=config) as world, world.model.session(max_length=20) as session:
-        world.services[world.peer_of(MIDDLE)].memory.come(1, CACHE_TOKENS, CACHE_TOKENS)
+        fill(world.services[world.peer_of(MIDDLE)].memory)
         with pytest.raises(MissingBlocksError, match=r"no server for blocks 3:4 .*no room for 3 tokens") as error:
             await session.step(StepInput(states(3), 0))
         assert isinstance(error.value.__cause__, ServerBusy)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, TextIO
 
 from p2pswarm.core.byte_sizes import format_byte_size
 from p2pswarm.core.clock import Clock
+from p2pswarm.core.reachability import Reachability
 from swarmd.throughput import MEASURED_ROWS
 
 
@@ -121,11 +122,9 @@ def _weights(fields: Mapping[str, Any]) -> str:
 
 
 def _reachability(fields: Mapping[str, Any]) -> str:
-    verdicts = {
-        "public": "others can dial this node",
-        "private": "others cannot dial this node: looking for nodes that relay for it",
-    }
-    return f"{verdicts.get(fields['state'], 'whether others can dial this node is not known')} ({fields['why']})"
+    if fields["state"] == Reachability.PUBLIC.value:
+        return f"others can dial this node ({fields['why']})"
+    return f"others cannot dial this node ({fields['why']}): looking for nodes that relay for it"
 
 
 def _swarm_lost(fields: Mapping[str, Any]) -> str:

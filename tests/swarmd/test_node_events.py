@@ -124,3 +124,18 @@ def test_a_dry_run_shows_a_table() -> None:
         "  would be announced                     727.3 tokens/s, over a line of 100 Mbit/s (assumed)\n"
         "  room for 131072 tokens of KV cache\n"
     )
+
+
+def test_an_operator_reads_how_others_reach_the_node() -> None:
+    stream = io.StringIO()
+    events = PlainEvents(stream)
+    events("reachability", state="private", why="0 of 3 peers got through", addresses=[])
+    events("relay_reserved", relay="12D3relay", addresses=[])
+    events("relay_lost", relay="12D3relay", message="the connection broke")
+    events("reachability", state="public", why="2 of 2 peers got through", addresses=[])
+    assert stream.getvalue().splitlines() == [
+        "others cannot dial this node (0 of 3 peers got through): looking for nodes that relay for it",
+        "reached through relay 12D3relay",
+        "no longer reached through relay 12D3relay: the connection broke",
+        "others can dial this node (2 of 2 peers got through)",
+    ]

@@ -5,11 +5,12 @@ INSTALLED := .venv/installed
 # libp2p brings trio-typing, whose outdated stub folders would hide trio's own types from mypy.
 STALE_STUBS := trio-stubs outcome-stubs async_generator-stubs
 
-# The tests of an expression of marks, of those that any machine can run: two at a time, each with one thread of torch,
+# The tests of an expression of marks, of those that any machine can run: some at a time, each with one thread of torch,
 # then those that have to be alone.
+AT_ONCE ?= 2
 NO_TESTS := 5
 define run_tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -m "$(1) and not alone and not gpu and not hub"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(AT_ONCE) --dist worksteal -m "$(1) and not alone and not gpu and not hub"
 	$(BIN)/pytest tests/real -m "$(1) and alone and not gpu and not hub" || test $$? = $(NO_TESTS)
 endef
 

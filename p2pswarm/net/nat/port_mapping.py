@@ -5,6 +5,7 @@ here is found out by a probe (`net/nat/probing.py`); behind two routers it does 
 """
 
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ from typing import Any
 
 import trio
 
+SEARCHED_AT = ("239.255.255.250", 1900)
+"""Where routers listen for those who look for them (SSDP)."""
 DISCOVERY_MS = 500
 """For an answer to each of four kinds of search: 2 s where there is no such router."""
 MAPPING_TIMEOUT_S = 8.0
@@ -107,6 +110,8 @@ class PortMapper:
 def _find_router() -> Any:
     import miniupnpc  # compiled, and hardly ever needed
 
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:  # miniupnpc would complain on stderr by itself
+        asking.connect(SEARCHED_AT)
     upnp = miniupnpc.UPnP()
     upnp.discoverdelay = DISCOVERY_MS
     upnp.discover()

@@ -25,6 +25,9 @@ class WeightsInMemory:
     def read(self, names: Collection[str]) -> dict[str, torch.Tensor]:
         return {name: self.tensors[name] for name in names}
 
+    def release(self) -> None:
+        """Nothing is held but what the test holds."""
+
 
 @pytest.fixture(scope="module")
 def weights() -> WeightsInMemory:

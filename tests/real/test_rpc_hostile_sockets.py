@@ -134,8 +134,9 @@ async def test_half_open_streams_come_and_go_without_a_trace() -> None:
                 for stream in streams[:60]:
                     await stream.write(struct.pack("!II", 64 << 20, 1) + b"\x80" + bytes(10_000))
                 assert server.statistics().num_streams <= 65
-                await trio.sleep(2.5)
-                assert server.statistics().num_streams == 1
+                with trio.fail_after(10):
+                    while server.statistics().num_streams > 1:  # noqa: ASYNC110 - the server has no event for it
+                        await trio.sleep(0.1)
                 assert await step(session, round_index, round_index, [1]) == [round_index + 1]
                 del streams, stream
                 gc.collect()

@@ -7,16 +7,18 @@ each were promised its longest length, and memory may run out:
   send at once are free, with some to spare for those inside to grow; in the order in which they came.
 - **Out.** When there are no pages left, the youngest of those inside is evicted, perhaps the one that asks: its client
   replays, here or elsewhere. So the oldest always goes on, and nothing can wait in a circle.
-- **Shared.** Where several peers want room, none may keep more than half of it, nor more than twice an equal part. Who
-  has more is evicted before all others, also for one who waits at the door; who would have more waits behind them.
+- **Shared.** Where several peers want room, none may keep more than half of it, nor, with more than one session, more
+  than twice an equal part. Who has more is evicted before all others, also for one who waits at the door; who would
+  have more waits behind them. A peer's only session is left alone, since its replay would cost more than is gained.
 
 Long forward passes hold pages too while they run, and are the first to be evicted. `docs/decisions/11-kv-memory.md`
 has the reasons.
 """
 
 import math
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from p2pswarm.blocks.page_tables import pages_for
 from p2pswarm.blocks.pages import PAGE_TOKENS, OutOfPages, PagePool
@@ -28,7 +30,8 @@ SPARE_SHARE = 1 / 16
 tokens would be evicted at the next page that somebody needs."""
 MAX_SHARE = 1 / 2
 MAX_EQUAL_PARTS = 2
-"""One peer's part of all pages while others want some: at most that share, and at most so many equal parts."""
+"""One peer's part of all pages while others want some: at most that share, and with several sessions at most so many
+equal parts."""
 MAX_QUEUE = 256
 """Sessions that wait to get in."""
 
@@ -70,6 +73,14 @@ class Tenant:
     def seniority(self) -> tuple[bool, int]:
         """The highest is evicted first."""
         return not self.is_session, self.number
+
+
+@dataclass(slots=True)
+class _Claim:
+    """What one peer has inside."""
+
+    num_tenants: int = 0
+    num_pages: int = 0
 
 
 class KVMemory:
@@ -192,27 +203,44 @@ class KVMemory:
         """The first in the queue whose peer would not have more than its share with it."""
         if not self._queue:
             return None
-        limit, claimed = self._limit_and_claims()
-        modest = (tenant for tenant in self._queue if claimed[tenant.owner] + tenant.first_pages <= limit)
-        return next(modest, None)
+        claims = self._claims()
+
+        def is_modest(tenant: Tenant) -> bool:
+            claim = claims[tenant.owner]
+            return claim.num_pages + tenant.first_pages <= self._limit(len(claims), claim.num_tenants + 1)
+
+        return next(filter(is_modest, self._queue), None)
 
     def _greedy(self) -> list[Tenant]:
-        """All of the one peer inside that has most, if that is more than its share."""
-        limit, claimed = self._limit_and_claims()
-        owner, num_claimed = max(claimed.items(), key=lambda item: item[1])
-        if num_claimed <= limit:
+        """All of the one peer inside that has most, of those that have more than their share."""
+        claims = self._claims()
+        greedy = [
+            (claim.num_pages, owner)
+            for owner, claim in claims.items()
+            if claim.num_pages > self._limit(len(claims), claim.num_tenants)
+        ]
+        if not greedy:
             return []
-        return [tenant for tenant in self._inside.values() if tenant.owner == owner]
+        _, greediest = max(greedy, key=lambda claimed: claimed[0])
+        return [tenant for tenant in self._inside.values() if tenant.owner == greediest]
 
-    def _limit_and_claims(self) -> tuple[float, Counter[PeerId | None]]:
-        """How many pages one peer may claim, and how many each does that is inside or waits."""
-        claimed: Counter[PeerId | None] = Counter()
+    def _limit(self, num_owners: int, num_tenants: int) -> float:
+        """How many pages one of so many peers may claim that has so many tenants inside."""
+        if num_owners < 2:
+            return math.inf
+        share = MAX_SHARE if num_tenants < 2 else min(MAX_SHARE, MAX_EQUAL_PARTS / num_owners)
+        return share * self._pool.num_pages
+
+    def _claims(self) -> defaultdict[PeerId | None, "_Claim"]:
+        """Of each peer that is inside or waits."""
+        claims: defaultdict[PeerId | None, _Claim] = defaultdict(_Claim)
         for tenant in self._queue:
-            claimed[tenant.owner] += 0
+            claims.setdefault(tenant.owner, _Claim())
         for tenant in self._inside.values():
-            claimed[tenant.owner] += tenant.num_claimed
-        share = min(MAX_SHARE, MAX_EQUAL_PARTS / len(claimed)) if len(claimed) > 1 else math.inf
-        return share * self._pool.num_pages, claimed
+            claim = claims[tenant.owner]
+            claim.num_tenants += 1
+            claim.num_pages += tenant.num_claimed
+        return claims
 
     def _who_leaves(self, asking: Tenant) -> Tenant:
         """The youngest of those whose leaving helps, and the one that asks; first of a peer with too much."""

@@ -172,11 +172,25 @@ def test_one_peer_alone_may_have_everything() -> None:
 def test_many_peers_share_by_equal_parts() -> None:
     memory, pool = make_memory()
     owners = [User(memory, pool, 1, 700, 0, f"peer {number}") for number in range(8)]
+    second = User(memory, pool, 1, 700, 0, "peer 0")
+    for user in owners[1:]:
+        user.grow(2 * PAGE_TOKENS)
+    owners[0].grow(4 * PAGE_TOKENS)
+    second.grow(3 * PAGE_TOKENS)
+    owners[7].grow(4 * PAGE_TOKENS)
+    assert not second.tenant.is_inside
+    assert all(user.tenant.is_inside for user in owners)
+
+
+def test_the_only_session_of_a_peer_may_have_more_than_an_equal_part() -> None:
+    memory, pool = make_memory()
+    owners = [User(memory, pool, 1, 700, 0, f"peer {number}") for number in range(8)]
     for user in owners[1:]:
         user.grow(2 * PAGE_TOKENS)
     owners[0].grow(7 * PAGE_TOKENS)
-    owners[7].grow(4 * PAGE_TOKENS)
-    assert [user.tenant.is_inside for user in owners] == [False] + 7 * [True]
+    with pytest.raises(SessionLost):
+        owners[7].grow(4 * PAGE_TOKENS)
+    assert [user.tenant.is_inside for user in owners] == 7 * [True] + [False]
 
 
 class MemoryMachine(RuleBasedStateMachine):

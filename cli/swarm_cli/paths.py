@@ -54,7 +54,9 @@ class PathWatch:
         path, found = self._network.path(peer_id), self.found.get(peer_id)
         if path is None:
             return
-        if found is None:
+        if found is None and path.left_relay is not None:  # between two looks
+            self.found[peer_id] = FoundPath(path.left_relay, direct_after_s=LOOK_PERIOD_S)
+        elif found is None:
             self.found[peer_id] = FoundPath(path.relay)
             if not path.is_direct:
                 self._relayed_at_s[peer_id] = trio.current_time()

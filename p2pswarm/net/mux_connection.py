@@ -25,6 +25,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import trio
 
@@ -241,7 +242,7 @@ class MuxConnection:
         `ConnectionLost`: the connection has ended, or is in the middle of a move.
         """
         self._raise_if_ended()
-        superseded = self._transports.begin(transport, path)
+        superseded = self._transports.begin(transport, replace(path, left_relay=self.path.relay))
         if superseded is not None:
             self._start(self._close, superseded)
         self._has_output.set()

@@ -13,6 +13,8 @@ class ConnectionPath:
     relay: PeerId | None = None
     remote: TcpAddress | None = None
     """As this machine sees it, so behind the NAT of a peer its NAT's address; None through a relay."""
+    left_relay: PeerId | None = None
+    """Who passed the bytes on before the connection became direct."""
 
     @property
     def is_direct(self) -> bool:

@@ -13,6 +13,7 @@ from p2pswarm.core.span import Span
 from p2pswarm.net.path import DIRECT, ConnectionPath
 from swarm_cli.paths import (
     DIRECT_TIMEOUT_S,
+    LOOK_PERIOD_S,
     FoundPath,
     PathWatch,
     announced_reach,
@@ -78,6 +79,11 @@ async def test_a_way_past_the_relay_is_waited_for_and_timed(autojump_clock):
     assert found.direct_after_s is not None
     assert 0.4 < found.direct_after_s < 0.6
     assert took_s < 0.6
+
+
+async def test_a_way_past_the_relay_that_opens_between_two_looks_is_told_too(autojump_clock):
+    found, took_s = await watched(Ways(), (0.05, replace(DIRECT, left_relay=RELAY)))
+    assert (found, took_s) == (FoundPath(RELAY, direct_after_s=LOOK_PERIOD_S), 0)
 
 
 async def test_who_stays_behind_a_relay_costs_three_seconds(autojump_clock):

@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import trio
@@ -21,6 +21,7 @@ from p2pswarm.net.upgrade import Upgrader
 
 ONE, OTHER, STRANGER = (Identity.generate(bytes([number]) * 32) for number in (1, 2, 3))
 RELAYED = ConnectionPath(relay=PeerId("relay"))
+DIRECT_AT_LAST = replace(DIRECT, left_relay=RELAYED.relay)
 
 
 class MemoryPipe:
@@ -138,7 +139,7 @@ async def test_open_stream_goes_on_over_the_new_pipe_and_the_old_one_is_closed(p
         await theirs.write(b"and back")
         assert await read_exactly(ours, 8) == b"and back"
         await trio.testing.wait_all_tasks_blocked()
-        assert (pair.ours.path, pair.theirs.path) == (DIRECT, DIRECT)
+        assert (pair.ours.path, pair.theirs.path) == (DIRECT_AT_LAST, DIRECT_AT_LAST)
         assert all(pipe.is_closed for pipe in pair.pipes)
 
 

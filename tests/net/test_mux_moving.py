@@ -3,7 +3,7 @@
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import trio
@@ -21,6 +21,7 @@ from p2pswarm.net.mux_transports import SecureTransport
 from p2pswarm.net.path import DIRECT, ConnectionPath
 
 RELAYED = ConnectionPath(relay=PeerId("relay"))
+DIRECT_AT_LAST = replace(DIRECT, left_relay=RELAYED.relay)
 NewPipe = Callable[[], tuple[SecureTransport, SecureTransport]]
 OFTEN_PINGING = NetworkConfig(ping_interval_s=0.05, ping_timeout_s=5)
 
@@ -195,7 +196,7 @@ def test_every_byte_arrives_once_and_in_order_whenever_both_ends_move(
                     await pair.wait_moved()
             await trio.sleep(1)
             assert (pair.dialler.num_streams, pair.listener.num_streams) == (0, 0)
-            assert pair.dialler.path == pair.listener.path == DIRECT
+            assert pair.dialler.path == pair.listener.path == DIRECT_AT_LAST
             assert [transport.is_closed for transport in pair.transports] == [True] * (2 * num_moves) + [False] * 2
             nursery.cancel_scope.cancel()
 
@@ -225,7 +226,7 @@ def test_transport_that_dies_around_a_move_ends_both_connections_like_any_lost_o
                     await trio.sleep(1)
                     for connection in (pair.dialler, pair.listener):
                         # Past the move nobody needs the old one; before that, its loss is the connection's.
-                        assert connection.is_closed or connection.path == DIRECT
+                        assert connection.is_closed or connection.path == DIRECT_AT_LAST
                     transports["new"][0].break_off()
                     transports["new"][1].break_off()
         assert all(transport.is_closed for transport in pair.transports)
@@ -263,7 +264,7 @@ async def test_move_tells_the_new_path_and_measures_the_new_round_trip(autojump_
         await pair.move()
         assert pair.dialler.path == RELAYED
         await pair.wait_moved()
-        assert pair.dialler.path == DIRECT
+        assert pair.dialler.path == DIRECT_AT_LAST
         await trio.sleep(0.045)
         assert pair.dialler.round_trip_s is not None
         nursery.cancel_scope.cancel()
@@ -295,7 +296,7 @@ async def test_move_begun_in_the_middle_of_another_is_refused_and_harms_nothing(
             pair.dialler.move_to(refused, DIRECT)
         assert not refused.is_closed
         await pair.wait_moved()
-        assert pair.dialler.path == DIRECT
+        assert pair.dialler.path == DIRECT_AT_LAST
         nursery.cancel_scope.cancel()
 
 

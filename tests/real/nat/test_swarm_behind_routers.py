@@ -209,7 +209,7 @@ def test_a_relayed_text_goes_on_directly_where_the_routers_allow_it(world: World
     no_direct_way = ("FORWARD", "-d", outer_address(home), "-j", "DROP")
     cafe.run("iptables", "-I", *no_direct_way)
     server = world.server(world.lab.behind(home, "server"), peers)
-    server.event("ready")
+    model_id = server.event("ready")["model_id"]
     elsewhere = world.lab.behind(cafe, "client")
     client = world.client(elsewhere, peers)
     lines = [client.tells(lambda line: "token" in line, ANSWER_TIMEOUT_S)]
@@ -220,7 +220,8 @@ def test_a_relayed_text_goes_on_directly_where_the_routers_allow_it(world: World
     assert relays_used(lines)[0] in {peer_id(address) for address in peers}
     assert relays_used(lines)[-1] is None
     assert lines[-1]["num_recoveries"] == 0
-    route = json.loads(elsewhere.run(sys.executable, "-m", "swarm_cli", "route", "--json", "--peers", *peers))
+    command = ("-m", "swarm_cli", "route", model_id, "--json", "--peers", *peers)
+    route = json.loads(elsewhere.run(sys.executable, *command))
     [path] = route["paths"]
     assert path["relay"] in {peer_id(address) for address in peers}
     assert path["direct_after_s"] is not None

@@ -242,7 +242,9 @@ class MuxConnection:
         `ConnectionLost`: the connection has ended, or is in the middle of a move.
         """
         self._raise_if_ended()
-        superseded = self._transports.begin(transport, replace(path, left_relay=self.path.relay))
+        superseded = self._transports.begin(
+            transport, replace(path, left_relay=self.path.relay or self.path.left_relay)
+        )
         if superseded is not None:
             self._start(self._close, superseded)
         self._has_output.set()

@@ -9,8 +9,8 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 
 def test_comparison_runs_at_a_tiny_size_and_prints_both_paths_and_the_relay() -> None:
-    medians = trio.run(measure, 1, 20, 2)
-    assert medians["relay"]["cpu_s_per_gib"] > 0
+    medians = trio.run(measure, 1, 20, 32)
+    assert medians["relay"]["cpu_s_per_gib"] > 0  # told in ticks of 10 ms, of which 32 MiB take several
     found = ratios(medians)
     printed = table(medians, found)
     for name in ("direct", "relayed", "relay itself", "target"):

@@ -1,0 +1,102 @@
+"""Blocks that are loaded, served for a while and given up, by turns. Run as a program, it tells the memory it took."""
+
+import gc
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+import trio
+
+from p2pswarm.core.ids import PeerId, SessionId
+from p2pswarm.core.server_info import ServerInfo, ServerState
+from p2pswarm.core.span import Span
+from p2pswarm.wire.codecs import encode_tensor
+from p2pswarm.wire.messages import InfoReply, OpenSession, Step
+from swarmd.config import ServerConfig
+from swarmd.device_thread import open_device_thread
+from swarmd.engine import open_model
+from swarmd.kv_size import parse_kv_size
+from swarmd.span_loading import ModelLoader
+
+HIDDEN_SIZE = 512
+MOVES = (Span(0, 4), Span(4, 8))
+CLIENT = PeerId("somebody")
+
+
+class AssumedLine:
+    """Nothing was measured."""
+
+    bits_per_s = 1e8
+    is_known = False
+
+
+@asynccontextmanager
+async def open_loader(model: Path) -> AsyncIterator[tuple[ModelLoader, ServerInfo]]:
+    config = ServerConfig(model=str(model), threads=1, kv_cache=parse_kv_size("4096"))
+    threads_before = torch.get_num_threads()
+    opened = open_model(config)
+
+    def describe() -> InfoReply:
+        raise AssertionError("nobody asks here")
+
+    info = ServerInfo(
+        peer_id=PeerId("server"),
+        model_id=opened.model_id,
+        span=MOVES[0],
+        state=ServerState.JOINING,
+        addresses=(),
+        num_model_blocks=opened.num_blocks,
+        throughput_tokens_per_s=0.0,
+        inference_tokens_per_s=0.0,
+        forward_tokens_per_s=0.0,
+        network_tokens_per_s=0.0,
+        dtype=opened.dtype_name,
+    )
+    try:
+        async with open_device_thread() as device:
+            yield ModelLoader(opened, config, device, describe, lambda event, **fields: None, AssumedLine()), info
+    finally:
+        gc.unfreeze()
+        torch.set_num_threads(threads_before)
+
+
+async def serve_for_a_while(loader: ModelLoader, info: ServerInfo) -> None:
+    """Loads the blocks and uses them as clients do."""
+    served = await loader.load(info)
+    assert served.info.state is ServerState.ONLINE
+    assert served.info.throughput_tokens_per_s > 0
+    await served.probe()
+    request = OpenSession(SessionId("a"), info.model_id, info.span, max_length=100, batch_size=1)
+    session = await served.service.open_session(CLIENT, request)
+    for step_id, num_tokens in enumerate([20, 1, 1]):
+        reply = await session.step(
+            Step(step_id, session_length(step_id), encode_tensor(torch.randn(1, num_tokens, HIDDEN_SIZE)))
+        )
+        assert reply.hidden_states.shape == (1, num_tokens, HIDDEN_SIZE)
+    await session.close()
+
+
+def session_length(step_id: int) -> int:
+    return 0 if step_id == 0 else 19 + step_id
+
+
+async def main(model: Path, num_moves: int) -> None:
+    """Prints the bytes resident with each span loaded and after it was given up."""
+    process = psutil.Process()
+    resident_bytes: list[tuple[int, int]] = []
+    async with open_loader(model) as (loader, info):
+        for number in range(num_moves):
+            await serve_for_a_while(loader, replace(info, span=MOVES[number % 2]))
+            loaded_bytes = process.memory_info().rss
+            await loader.free()
+            resident_bytes.append((loaded_bytes, process.memory_info().rss))
+    sys.stdout.write(json.dumps(resident_bytes))
+
+
+if __name__ == "__main__":
+    trio.run(main, Path(sys.argv[1]), int(sys.argv[2]))

@@ -65,8 +65,9 @@ def test_stall_by_a_long_prompt_is_measured(tiny_servers: TinyServers) -> None:
 
 
 @pytest.mark.exhaustive
-def test_greedy_peer_is_measured(tiny_servers: TinyServers) -> None:
-    printed = bench(tiny_servers, "--greedy", "--new-tokens", "20")
+@pytest.mark.parametrize("calls", ["forward", "backward"])
+def test_greedy_peer_is_measured(tiny_servers: TinyServers, calls: str) -> None:
+    printed = bench(tiny_servers, "--greedy", calls, "--new-tokens", "20")
     assert printed["is_exact"] is True
     assert printed["greedy_tokens_per_s"] > 0
     assert printed["share_kept"] > 0

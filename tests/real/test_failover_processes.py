@@ -19,7 +19,7 @@ from swarm_cli.sample_model import sample_model
 
 pytestmark = pytest.mark.real
 
-PLAN = Plan(num_generations=1, num_tokens=80, tokens_between_strikes=22)
+PLAN = Plan(num_generations=1, num_tokens=56, tokens_between_strikes=22)
 
 
 @pytest.fixture

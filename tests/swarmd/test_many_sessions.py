@@ -136,7 +136,7 @@ async def step(session: SpanSession, sent: torch.Tensor, start: int, end: int) -
 @pytest.mark.parametrize(
     ("num_sessions", "seed"),
     [
-        (100, 1),
+        (40, 1),
         pytest.param(500, 2, marks=pytest.mark.slow),
         pytest.param(500, 3, marks=[pytest.mark.slow, pytest.mark.exhaustive]),
     ],

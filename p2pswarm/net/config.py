@@ -46,7 +46,7 @@ class NetworkConfig:
     """Strangers in their handshakes, waiting for them, or silent. One more, and the address with the most loses one."""
     first_bytes_timeout_s: float = 3.0
     """Who has said nothing for so long is no longer listened to."""
-    handshake_share: float = 0.15
+    handshake_share: float = 0.05
     """Of the time of the thread that runs the network; more handshakes than fit into it wait for their turn."""
     handshake_burst_s: float = 0.25
     """Of that time, saved up while nobody comes: some hundred handshakes in a row."""

@@ -7,6 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import torch
@@ -21,11 +23,14 @@ from swarmd.config import ServerConfig
 from swarmd.device_thread import open_device_thread
 from swarmd.engine import open_model
 from swarmd.kv_size import parse_kv_size
+from swarmd.self_description import joining_info
 from swarmd.span_loading import ModelLoader
 
 HIDDEN_SIZE = 512
 MOVES = (Span(0, 4), Span(4, 8))
 CLIENT = PeerId("somebody")
+NOWHERE: Any = SimpleNamespace(peer_id=PeerId("server"), addresses=())
+"""What is asked of a network by who describes a server."""
 
 
 class AssumedLine:
@@ -44,19 +49,7 @@ async def open_loader(model: Path) -> AsyncIterator[tuple[ModelLoader, ServerInf
     def describe() -> InfoReply:
         raise AssertionError("nobody asks here")
 
-    info = ServerInfo(
-        peer_id=PeerId("server"),
-        model_id=opened.model_id,
-        span=MOVES[0],
-        state=ServerState.JOINING,
-        addresses=(),
-        num_model_blocks=opened.num_blocks,
-        throughput_tokens_per_s=0.0,
-        inference_tokens_per_s=0.0,
-        forward_tokens_per_s=0.0,
-        network_tokens_per_s=0.0,
-        dtype=opened.dtype_name,
-    )
+    info = joining_info(config, NOWHERE, opened, MOVES[0])
     try:
         async with open_device_thread() as device:
             yield ModelLoader(opened, config, device, describe, lambda event, **fields: None, AssumedLine()), info

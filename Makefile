@@ -34,7 +34,7 @@ fix: setup
 check: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/mypy
+	$(BIN)/mypy -n 2
 	$(BIN)/lint-imports
 
 # The tests that matter every time: logic, and exact text from real server processes over loopback.

@@ -41,6 +41,7 @@ def write(cache: SpanCache, num_tokens: int) -> None:
         cache.update(states, states, index)
 
 
+@pytest.mark.own_process
 def test_memory_that_nobody_has_used_is_not_resident() -> None:
     before = resident_bytes()
     pool = new_pool(1024)
@@ -54,6 +55,7 @@ def test_memory_that_nobody_has_used_is_not_resident() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.own_process
 def test_thousands_of_sessions_take_no_more_memory_than_the_first_ones() -> None:
     torch.set_num_threads(1)
     randomness = random.Random(7)

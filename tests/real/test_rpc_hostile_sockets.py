@@ -123,6 +123,7 @@ async def answer_to_call(attacker: Network, peer_id: PeerId) -> None:
         raise ConnectionLost("it was closed", peer_id)
 
 
+@pytest.mark.own_process
 async def test_half_open_streams_come_and_go_without_a_trace() -> None:
     async with open_server() as (server, service, attacker, neighbour):
         peer_id = server_of(attacker)

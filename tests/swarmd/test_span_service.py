@@ -269,6 +269,7 @@ async def misbehave(world: SpanWorld, client: RpcClient, network: Network) -> No
         stream.reset()
 
 
+@pytest.mark.own_process
 async def test_strangers_misbehaving_do_not_disturb_a_session_nor_take_memory(
     autojump_clock: MockClock, world: SpanWorld, tiny_span: SpanModel
 ) -> None:

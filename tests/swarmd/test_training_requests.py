@@ -269,6 +269,7 @@ async def test_a_session_is_exact_between_the_parts_of_a_tuned_pass(
     )
 
 
+@pytest.mark.own_process
 async def test_memory_is_what_it_was_after_two_hundred_calls(autojump_clock: MockClock, world: SpanWorld) -> None:
     process = psutil.Process()
     rss_bytes = []

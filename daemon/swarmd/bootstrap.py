@@ -18,6 +18,7 @@ from swarmd.joining import join
 from swarmd.listen import listen_addresses
 from swarmd.private_swarm import private_swarm_of
 from swarmd.reaching import Reaching
+from swarmd.unused_memory import give_unused_memory_back
 
 
 async def run_bootstrap(
@@ -40,6 +41,7 @@ async def run_bootstrap(
         await nursery.start(dht.run)
         reaching = Reaching(config, network, dht, clock, random, events)
         await nursery.start(reaching.run)
+        nursery.start_soon(give_unused_memory_back)
         events("ready", peer_id=network.peer_id, addresses=list(network.addresses))
         nursery.start_soon(join, config.peer_addresses, dht, reaching, events)
         if private is not None:

@@ -52,6 +52,7 @@ from swarmd.span_life import SpanLife
 from swarmd.stopping import unless
 from swarmd.surroundings import Surroundings
 from swarmd.throughput import ThroughputSource
+from swarmd.unused_memory import give_unused_memory_back
 from swarmd.weight_progress import WeightProgress
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ async def serve(
                 info, device_name = running.presence.info, str(running.opened.device)
                 monitor = Monitor(running.presence, running.current, running.rpc, running.life, network.traffic)
                 await nursery.start(monitor.run, config, events)
+                nursery.start_soon(give_unused_memory_back)
                 events("ready", **ready_fields(config, info, running.line, device_name, start_s))
                 await unless(stop, running.life.serve)
                 await _drain(config, around, running)

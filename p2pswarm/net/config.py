@@ -40,8 +40,8 @@ class NetworkConfig:
     max_connections: int = 1024
     """At this limit the one that has been idle longest is closed for a newcomer."""
     max_connections_per_peer: int = 8
-    max_accepts_per_s: float = 300.0
-    """Connections taken from the system, of all together: a tenth of a core if nothing comes of them."""
+    max_accepts_per_s: float = 100.0
+    """Connections taken from the system, of all together: a twelfth of a core if nothing comes of them."""
     max_entrants: int = 256
     """Strangers in their handshakes, waiting for them, or silent. One more, and the address with the most loses one."""
     first_bytes_timeout_s: float = 3.0
@@ -49,7 +49,7 @@ class NetworkConfig:
     handshake_share: float = 0.05
     """Of the time of the thread that runs the network; more handshakes than fit into it wait for their turn."""
     handshake_burst_s: float = 0.25
-    """Of that time, saved up while nobody comes: some hundred handshakes in a row."""
+    """Of that time, saved up while nobody comes: some eighty handshakes in a row."""
     punch_holes: bool = True
     """Whether connections through relays become direct ones where the routers allow it."""
     idle_connection_timeout_s: float = 300.0

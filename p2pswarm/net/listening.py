@@ -25,7 +25,7 @@ from p2pswarm.net.paced_listener import PacedListener
 from p2pswarm.net.pipe import Pipe, TcpPipe
 from p2pswarm.net.upgrade import Upgrader
 
-LISTEN_BACKLOG = 512
+LISTEN_BACKLOG = 256
 ACCEPTS_BURST_S = 2.0
 """Of the pace of accepting, saved up."""
 INTERFACES_LIFETIME_S = 30.0

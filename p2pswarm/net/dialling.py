@@ -15,6 +15,7 @@ from p2pswarm.net.addresses import CircuitAddress, TcpAddress, parse_address
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.connection import Connection
 from p2pswarm.net.local_port import LocalPort
+from p2pswarm.net.nat.lanes import LanePipe
 from p2pswarm.net.pipe import Pipe, TcpPipe
 from p2pswarm.net.upgrade import Upgrader
 
@@ -117,13 +118,23 @@ class Dialler:
             pipe = await self._call_through_relay(address, peer_id)
         return await self._upgrader.dialled(pipe, peer_id)
 
+    async def open_lane(self, address: TcpAddress, relay_id: PeerId, ticket: bytes) -> LanePipe:
+        """A TCP connection of its own to the relay, over which nothing but a circuit goes. Raises `ConnectionLost`."""
+        pipe = LanePipe(await _open_tcp(address, relay_id), relay_id)
+        await self._upgrader.open_lane(pipe, relay_id, ticket)
+        return pipe
+
     async def dial_fresh(self, address: TcpAddress, peer_id: PeerId) -> None:
         """Opens a TCP connection, lets the peer prove who it is, and closes. Raises `ConnectionLost`.
 
         It comes from a port that nothing else comes from: no router of the peer's has been opened for that.
         """
-        try:
-            stream = await trio.open_tcp_stream(address.host, address.port)
-        except OSError as error:
-            raise ConnectionLost(f"{address} does not answer: {error}", peer_id) from error
-        await self._upgrader.authenticate(TcpPipe(stream), peer_id)
+        await self._upgrader.authenticate(TcpPipe(await _open_tcp(address, peer_id)), peer_id)
+
+
+async def _open_tcp(address: TcpAddress, peer_id: PeerId) -> trio.SocketStream:
+    """From any port. Raises `ConnectionLost`."""
+    try:
+        return await trio.open_tcp_stream(address.host, address.port)
+    except OSError as error:
+        raise ConnectionLost(f"{address} does not answer: {error}", peer_id) from error

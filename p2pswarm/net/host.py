@@ -11,11 +11,12 @@ without a stream for some minutes. This file is the node as the rest of the hous
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 import trio
 
-from p2pswarm.core.errors import ConnectionLost, NetworkError, PeerUnreachable, RemoteError
+from p2pswarm.core.errors import ConnectionLost, NetworkError, PeerUnreachable, ProtocolViolation, RemoteError
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.net.address_book import AddressBook
@@ -34,14 +35,16 @@ from p2pswarm.net.dialling import Dialler
 from p2pswarm.net.identity import Identity
 from p2pswarm.net.listening import Listening
 from p2pswarm.net.local_port import LocalPort
-from p2pswarm.net.nat.circuits import CircuitPipe, IncomingCircuits, call
+from p2pswarm.net.nat.circuits import IncomingCircuits, call
 from p2pswarm.net.nat.hole_punch import HolePuncher
 from p2pswarm.net.nat.hole_punch_messages import DCUTR_PROTOCOL
-from p2pswarm.net.nat.relay_messages import HOP_PROTOCOL, STOP_PROTOCOL
+from p2pswarm.net.nat.lanes import ExpectedLane, LanePipe
+from p2pswarm.net.nat.relay_messages import HOP_PROTOCOL, LANE_HOP_PROTOCOL, LANE_STOP_PROTOCOL, STOP_PROTOCOL
 from p2pswarm.net.nat.seen_addresses import SeenAddresses
 from p2pswarm.net.negotiation import answer, propose
 from p2pswarm.net.network import Stream, StreamHandler
 from p2pswarm.net.path import ConnectionPath
+from p2pswarm.net.pipe import Pipe
 from p2pswarm.net.private.member_exchange import MemberExchange
 from p2pswarm.net.private.private_swarm import PrivateSwarm
 from p2pswarm.net.serving import run_handler
@@ -105,8 +108,9 @@ class Host:
             self.upgrader, self._book, local_port, self._call_through_relay, self._adopt_dialled, config, nursery
         )
         self._dials: SharedCalls[tuple[PeerId, bool], Connection] = SharedCalls(nursery)
-        self._incoming_circuits = IncomingCircuits(self.listening.accept)
-        self._handlers: dict[ProtocolId, StreamHandler] = {STOP_PROTOCOL: self._incoming_circuits.take_up}
+        self._incoming_circuits = IncomingCircuits(self.listening.accept, self.open_lane)
+        take_up = self._incoming_circuits.take_up
+        self._handlers: dict[ProtocolId, StreamHandler] = {LANE_STOP_PROTOCOL: take_up, STOP_PROTOCOL: take_up}
         self._announced = tuple(map(str, announced))
         self._published: tuple[str, ...] | None = None
         self._is_closing = False
@@ -222,10 +226,23 @@ class Host:
                 self._private.members.check_own(self.peer_id)
             raise
 
-    async def _call_through_relay(self, address: CircuitAddress, peer_id: PeerId) -> CircuitPipe:
+    async def _call_through_relay(self, address: CircuitAddress, peer_id: PeerId) -> Pipe:
         self._book.add(address.relay_id, [str(address.relay_address)])
         connection = await self._connection_to(address.relay_id, directly=True)
-        return await call(await self._open_stream_on(connection, HOP_PROTOCOL), peer_id)
+        try:
+            stream = await self._open_stream_on(connection, LANE_HOP_PROTOCOL)
+        except ProtocolViolation:
+            stream = await self._open_stream_on(connection, HOP_PROTOCOL)
+        return await call(stream, peer_id, self.open_lane)
+
+    def expect_lane(self) -> AbstractContextManager[ExpectedLane]:
+        return self.upgrader.expected_lanes.expect()
+
+    async def open_lane(self, relay_id: PeerId, ticket: bytes) -> LanePipe:
+        path = self.path(relay_id)
+        if path is None or path.remote is None:
+            raise ConnectionLost(f"there is no direct connection to relay {relay_id}", relay_id)
+        return await self._dialler.open_lane(path.remote, relay_id, ticket)
 
     def expect_circuits(self, relay_id: PeerId) -> None:
         self._incoming_circuits.expect_from(relay_id)

@@ -79,6 +79,6 @@ async def read_exactly(stream: ByteStream, num_bytes: int) -> bytes:
     while len(data) < num_bytes:
         more = await stream.read(num_bytes - len(data))
         if not more:
-            raise ConnectionLost(f"{stream.peer_id} closed the stream before its protocol was agreed", stream.peer_id)
+            raise ConnectionLost(f"{stream.peer_id} closed the stream in the middle of an agreement", stream.peer_id)
         data += more
     return data

@@ -5,10 +5,12 @@
 """
 
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.net.addresses import TcpAddress
+from p2pswarm.net.nat.lanes import ExpectedLane, LanePipe
 from p2pswarm.net.path import ConnectionPath
 
 Buffer = bytes | bytearray | memoryview
@@ -110,6 +112,14 @@ class Network(Protocol):
 
     def expect_circuits(self, relay_id: PeerId) -> None:
         """Takes up, from now on, the connections that peers make to this node through the relay."""
+        ...
+
+    def expect_lane(self) -> AbstractContextManager[ExpectedLane]:
+        """Takes in one lane (`nat/lanes.py`) from whoever is told its ticket, and closes it in the end."""
+        ...
+
+    async def open_lane(self, relay_id: PeerId, ticket: bytes) -> LanePipe:
+        """Opens the lane that a relay, to which there is a connection, expects. Raises `ConnectionLost`."""
         ...
 
     async def disconnect(self, peer_id: PeerId) -> None:

@@ -67,8 +67,8 @@ class NoiseSession(SecureSession):
         session._encryption = noise.cipher_state_encrypt.cipher.cipher
         session._decryption = noise.cipher_state_decrypt.cipher.cipher
         session._pipe = reader_writer.read_writer.read_write_closer.stream.pipe
-        # What goes through a relay is counted on the way to it, as what goes over a socket.
-        session._traffic = traffic if session.path.is_direct else Traffic()
+        # What runs over another connection is counted there, as what goes over a socket.
+        session._traffic = traffic if session._pipe.is_socket else Traffic()
         return session
 
     def __init__(self, **arguments: Any) -> None:

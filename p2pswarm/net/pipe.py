@@ -24,6 +24,11 @@ class Pipe(Protocol):
     @property
     def path(self) -> ConnectionPath: ...
 
+    @property
+    def is_socket(self) -> bool:
+        """Or else it runs over another connection of this node."""
+        ...
+
     async def send_all(self, data: bytes | bytearray) -> None:
         """Returns when all is on its way; cancelled, it may have sent a part."""
         ...
@@ -46,10 +51,12 @@ class Pipe(Protocol):
 
 
 class TcpPipe:
-    """A `Pipe` that is one TCP connection."""
+    """A `Pipe` that is one TCP connection, to the peer itself where no other `path` is given."""
 
-    def __init__(self, stream: trio.SocketStream) -> None:
-        self.path = ConnectionPath(remote=remote_address(stream))
+    is_socket = True
+
+    def __init__(self, stream: trio.SocketStream, path: ConnectionPath | None = None) -> None:
+        self.path = path or ConnectionPath(remote=remote_address(stream))
         self._stream = stream
         self._closed = trio.Event()
 
@@ -74,6 +81,18 @@ class TcpPipe:
             return 0
         except OSError as error:
             raise ConnectionLost(f"the connection broke: {error}") from error
+
+    async def send_eof(self) -> None:
+        """Tells the other end that no more will come; receiving goes on."""
+        try:
+            await self._stream.send_eof()
+        except SOCKET_ERRORS as error:
+            raise ConnectionLost(f"the connection broke: {error}") from error
+
+    def close_now(self) -> None:
+        """Like `aclose`, without waiting; wakes who is sending or receiving."""
+        self._closed.set()
+        self._stream.socket.close()
 
     async def aclose(self) -> None:
         self._closed.set()

@@ -1,15 +1,15 @@
 """From a bare pipe to an authenticated connection with streams: libp2p's negotiation, our noise session and muxer.
 
 The order in which muxers are offered is the order of preference: ours, then stock yamux, so that any libp2p node can
-connect. In place of a muxer, both sides may agree that a connection they have goes on over the new pipe. A node of a
-private swarm speaks the handshake of `private/psk_noise.py` instead of libp2p's. All that is used of libp2p comes from
-`libp2p_parts.py`.
+connect. In place of a muxer, both sides may agree that a connection they have goes on over the new pipe; in place of a
+handshake, that the pipe is a lane to this relay (`nat/lanes.py`). A node of a private swarm speaks the handshake of
+`private/psk_noise.py` instead of libp2p's. All that is used of libp2p comes from `libp2p_parts.py`.
 """
 
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 from weakref import WeakValueDictionary
 
 from p2pswarm.core.errors import ConnectionLost
@@ -21,7 +21,9 @@ from p2pswarm.net.libp2p_parts import (
     ID,
     NOISE_PROTOCOL,
     YAMUX_PROTOCOL,
+    IRawConnection,
     ISecureConn,
+    ISecureTransport,
     RawConnection,
     ReadWriteCloser,
     TProtocol,
@@ -33,6 +35,9 @@ from p2pswarm.net.libp2p_parts import (
 )
 from p2pswarm.net.move_agreement import MOVE_PROTOCOL, MoveAgreement
 from p2pswarm.net.mux_connection import MUX_PROTOCOL, MuxConnection
+from p2pswarm.net.nat.lanes import LANE_PROTOCOL, ExpectedLanes, LanePipe
+from p2pswarm.net.negotiation import propose
+from p2pswarm.net.network import Buffer
 from p2pswarm.net.noise_session import READ_BYTES, NoiseSession, NoiseTransport
 from p2pswarm.net.pipe import Pipe
 from p2pswarm.net.private.private_swarm import PrivateSwarm
@@ -51,12 +56,14 @@ class Upgrader:
     def __init__(self, identity: Identity, config: NetworkConfig, private: PrivateSwarm | None = None) -> None:
         self.traffic = Traffic()
         """Of all connections that were made here."""
+        self.expected_lanes = ExpectedLanes()
         self._unread = UnreadBytes(config.max_receive_bytes)
         self._config = config
         spoken, not_spoken = _handshakes(identity, private, self.traffic)
         muxers: Any = {TProtocol(MUX_PROTOCOL): self._new_mux_connection, TProtocol(YAMUX_PROTOCOL): Yamux}
         moving: Any = {TProtocol(MOVE_PROTOCOL): MoveAgreement}
-        self._accepting = TransportUpgrader(spoken, muxers | moving)
+        lanes: Any = {TProtocol(LANE_PROTOCOL): LaneTransport()}
+        self._accepting = TransportUpgrader({**spoken, **lanes}, muxers | moving)
         self._dialling = TransportUpgrader({**spoken, **not_spoken}, muxers)
         self._moving = TransportUpgrader(spoken, moving)
         self._movable: WeakValueDictionary[bytes, MuxConnection] = WeakValueDictionary()
@@ -87,12 +94,17 @@ class Upgrader:
             return _connection(await self._dialling.upgrade_connection(secured, secured.get_remote_peer()), pipe)
 
     async def accepted(self, pipe: Pipe) -> Connection | None:
-        """The connection over `pipe`, from whoever it turns out to be; None where an open connection goes on over it.
+        """The connection over `pipe`, from whoever it turns out to be.
 
-        Closes the pipe and wants a deadline, like `dialled`.
+        None where the pipe is not for a new one: an open connection goes on over it, or it is a lane. Closes the pipe
+        and wants a deadline, like `dialled`.
         """
         async with _closed_on_failure(pipe, None):
-            secured = await self._secure(pipe, None)
+            chosen: object = await self._accepting.upgrade_security(_raw(pipe, is_initiator=False), False)
+            if isinstance(chosen, BareConnection):
+                await self.expected_lanes.take(pipe)
+                return None
+            secured = _authenticated(chosen)
             agreed: object = await self._accepting.upgrade_connection(secured, secured.get_remote_peer())
             if isinstance(agreed, MoveAgreement):
                 await agreed.follow(self._movable.get(await agreed.read_name()))
@@ -110,21 +122,24 @@ class Upgrader:
             assert isinstance(agreed, MoveAgreement), "nothing else was proposed"
             await agreed.lead(connection)
 
+    async def open_lane(self, pipe: LanePipe, relay_id: PeerId, ticket: bytes) -> None:
+        """Makes of `pipe`, which was opened to reach the relay, the lane that it expects.
+
+        Closes the pipe and wants a deadline, like `dialled`.
+        """
+        async with _closed_on_failure(pipe, relay_id):
+            await propose(_PipeStream(pipe, relay_id), LANE_PROTOCOL)
+            await pipe.send_all(ticket)
+
     async def authenticate(self, pipe: Pipe, peer_id: PeerId) -> None:
         """Lets the peer that was dialled prove that it is `peer_id`, and closes the pipe. Raises `ConnectionLost`."""
         async with _closed_on_failure(pipe, peer_id):
             await self._secure(pipe, peer_id)
         await pipe.aclose()
 
-    async def _secure(self, pipe: Pipe, peer_id: PeerId | None) -> ISecureConn:
-        raw = RawConnection(PipeForLibp2p(pipe), initiator=peer_id is not None)
-        expected = ID.from_base58(peer_id) if peer_id is not None else None
-        upgrader = self._accepting if expected is None else self._dialling
-        secured = await upgrader.upgrade_security(raw, expected is not None, expected)
-        authenticated = secured.get_remote_peer()
-        if not is_peer_id(authenticated.to_base58()):
-            raise ConnectionLost(f"the peer has no ed25519 key: {authenticated}")
-        return secured
+    async def _secure(self, pipe: Pipe, peer_id: PeerId) -> ISecureConn:
+        expected = ID.from_base58(peer_id)
+        return _authenticated(await self._dialling.upgrade_security(_raw(pipe, is_initiator=True), True, expected))
 
 
 def _handshakes(
@@ -148,6 +163,46 @@ def _connection(agreed: object, pipe: Pipe) -> Connection:
         return agreed
     assert isinstance(agreed, Yamux), "nothing else is spoken here"
     return StockConnection(agreed, PeerId(agreed.peer_id.to_base58()), pipe.path)
+
+
+def _raw(pipe: Pipe, *, is_initiator: bool) -> RawConnection:
+    return RawConnection(PipeForLibp2p(pipe), initiator=is_initiator)
+
+
+def _authenticated(secured: object) -> ISecureConn:
+    assert isinstance(secured, ISecureConn), "what a handshake comes to"
+    peer_id = secured.get_remote_peer()
+    if not is_peer_id(peer_id.to_base58()):
+        raise ConnectionLost(f"the peer has no ed25519 key: {peer_id}")
+    return secured
+
+
+class BareConnection:
+    """Stands for what others have after a handshake: the other side has chosen a lane."""
+
+
+class LaneTransport(ISecureTransport):
+    """The choice of a lane in place of a handshake, as libp2p wants it."""
+
+    async def secure_inbound(self, conn: IRawConnection) -> ISecureConn:
+        return cast("ISecureConn", BareConnection())
+
+    async def secure_outbound(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
+        raise NotImplementedError("a lane is asked for by `Upgrader.open_lane`")
+
+
+class _PipeStream:
+    """A pipe as negotiation wants it."""
+
+    def __init__(self, pipe: Pipe, peer_id: PeerId) -> None:
+        self.peer_id = peer_id
+        self._pipe = pipe
+
+    async def read(self, max_bytes: int = READ_BYTES) -> bytes:
+        return await self._pipe.receive_some(max_bytes)
+
+    async def write(self, *buffers: Buffer) -> None:
+        await self._pipe.send_all(b"".join(buffers))
 
 
 class PipeForLibp2p(ReadWriteCloser):

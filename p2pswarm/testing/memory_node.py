@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Protocol
 
@@ -13,8 +14,10 @@ from p2pswarm.net.address_book import AddressBook
 from p2pswarm.net.addresses import TcpAddress, join_peer_address, parse_address, parse_tcp_address, split_peer_address
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.identity import Identity
+from p2pswarm.net.nat.lanes import ExpectedLane, ExpectedLanes, LanePipe
 from p2pswarm.net.network import Stream, StreamHandler
-from p2pswarm.net.path import ConnectionPath
+from p2pswarm.net.path import DIRECT, ConnectionPath
+from p2pswarm.net.pipe import TcpPipe
 from p2pswarm.net.serving import run_handler
 from p2pswarm.net.shared_calls import SharedCalls
 from p2pswarm.testing.memory_connection import ConnectionEnd, Inbox, Link
@@ -62,6 +65,7 @@ class MemoryNode:
         self._handlers: dict[ProtocolId, StreamHandler] = {}
         self._ends: dict[PeerId, list[ConnectionEnd]] = {}
         self._book = AddressBook()
+        self._expected_lanes = ExpectedLanes()
         self._dials: SharedCalls[PeerId, ConnectionEnd] = SharedCalls(nursery)
         self._serving: trio.Nursery | None = None
 
@@ -135,6 +139,24 @@ class MemoryNode:
 
     def expect_circuits(self, relay_id: PeerId) -> None:
         """Nobody comes through a relay here: each node can be dialled, or cannot."""
+
+    def expect_lane(self) -> AbstractContextManager[ExpectedLane]:
+        return self._expected_lanes.expect()
+
+    async def open_lane(self, relay_id: PeerId, ticket: bytes) -> LanePipe:
+        """Over a pair of sockets, without the delays of a link."""
+        await trio.sleep(self._world.link(self.peer_id, relay_id).round_trip_s)
+        relay = next((node for node in map(self._world.at, self._book.get(relay_id)) if node is not None), None)
+        if relay is None or relay.peer_id != relay_id or not relay.is_running:
+            raise ConnectionLost(f"{relay_id} does not answer", relay_id)
+        ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
+        pipe = LanePipe(ours, relay_id)
+        await pipe.send_all(ticket)
+        try:
+            await relay._expected_lanes.take(TcpPipe(theirs, DIRECT))
+        except ConnectionLost:
+            theirs.socket.close()
+        return pipe
 
     async def disconnect(self, peer_id: PeerId) -> None:
         await trio.lowlevel.checkpoint()

@@ -13,10 +13,12 @@ from p2pswarm.core.ids import PeerId
 from p2pswarm.net.config import NetworkConfig
 from p2pswarm.net.host import Host, open_network
 from p2pswarm.net.identity import Identity
-from p2pswarm.net.nat.relay import Relay
+from p2pswarm.net.nat.lanes import TICKET_BYTES
+from p2pswarm.net.nat.relay import Relay, Way
 from p2pswarm.net.nat.relay_limits import Circuit, RelayLimits
+from p2pswarm.net.nat.relay_messages import LANE_HOP_PROTOCOL
 from p2pswarm.net.nat.reservation import reserve
-from p2pswarm.net.network import Network, Stream
+from p2pswarm.net.network import Network
 from p2pswarm.testing.network_contract import (
     CONTRACT,
     ECHO,
@@ -51,10 +53,13 @@ DIRECT_ONLY = {
 
 
 @asynccontextmanager
-async def relaying(limits: RelayLimits = WITHOUT_LIMITS) -> AsyncIterator[tuple[Host, Relay]]:
+async def relaying(limits: RelayLimits = WITHOUT_LIMITS, *, lanes: bool = True) -> AsyncIterator[tuple[Host, Relay]]:
+    """A relay; without `lanes` one as others have them, that knows libp2p's protocol alone."""
     async with open_network(Identity.generate(), listen=[LOOPBACK]) as host:
         relay = Relay(host, SystemClock(), limits)
         relay.serve()
+        if not lanes:
+            del host._handlers[LANE_HOP_PROTOCOL]
         yield host, relay
 
 
@@ -87,11 +92,12 @@ async def exchange(network: Network, peer_id: PeerId, data: bytes = b"over and b
     assert await read_all(stream) == b""
 
 
+@pytest.mark.parametrize("lanes", [True, False], ids=["lanes", "streams"])
 @pytest.mark.parametrize(
     "check", [check for check in CONTRACT if check.__name__ not in DIRECT_ONLY], ids=lambda check: check.__name__
 )
-async def test_network_keeps_its_contract_through_a_relay(check: Check) -> None:
-    async with relaying() as (relay_host, relay):
+async def test_network_keeps_its_contract_through_a_relay(check: Check, lanes: bool) -> None:
+    async with relaying(lanes=lanes) as (relay_host, relay):
         await check(Nodes(lambda: behind(relay_host), longest_wait_s=0.004))
         await eventually(lambda: relay.statistics().num_circuits == 0)
 
@@ -177,10 +183,10 @@ class CuriousRelay(Relay):
         super().__init__(host, SystemClock(), WITHOUT_LIMITS)
         self.seen = bytearray()
 
-    async def _pass_on(self, circuit: Circuit, source: Stream, target: Stream, scope: trio.CancelScope) -> None:
+    async def _pass_on(self, circuit: Circuit, source: Way, target: Way, scope: trio.CancelScope) -> None:
         read = source.read
 
-        async def read_and_keep(max_bytes: int = 1 << 20) -> bytes:
+        async def read_and_keep(max_bytes: int, /) -> bytes:
             data = await read(max_bytes)
             self.seen += data
             return data
@@ -202,19 +208,30 @@ async def test_a_relay_reads_nothing_of_what_it_passes_on() -> None:
     assert ECHO.encode() not in relay.seen
 
 
-async def test_what_goes_through_a_relay_counts_once_as_traffic() -> None:
-    async with relaying() as (relay_host, _), behind(relay_host) as server, client() as network:
+@pytest.mark.parametrize("lanes", [True, False], ids=["lanes", "streams"])
+async def test_what_goes_through_a_relay_counts_once_as_traffic(lanes: bool) -> None:
+    async with relaying(lanes=lanes) as (relay_host, _), behind(relay_host) as server, client() as network:
         await network.connect(server.addresses[0])
         await exchange(network, server.peer_id, bytes(1_000_000))
         assert 1_000_000 < network.traffic.sent_bytes < 1_050_000
         assert 1_000_000 < network.traffic.received_bytes < 1_050_000
 
 
+async def test_who_comes_for_a_lane_without_a_ticket_is_turned_away() -> None:
+    async with relaying() as (relay_host, _), behind(relay_host) as server, client() as network:
+        await network.connect(server.addresses[0])
+        pipe = await network.open_lane(relay_host.peer_id, bytes(TICKET_BYTES))
+        with trio.fail_after(2):
+            assert await pipe.receive_some(1) == b""
+        await pipe.aclose()
+        await exchange(network, server.peer_id)
+
+
 async def test_circuits_come_only_from_relays_that_were_asked() -> None:
     async with relaying() as (asked, _), relaying() as (stranger, relay), behind(asked) as server:
         await server.connect(stranger.addresses[0])
         await eventually(lambda: server.peer_id in stranger.connected_peers)
-        error = await raises(RelayRefused, lambda: relay._call(Circuit(asked.peer_id, server.peer_id)))
+        error = await raises(RelayRefused, lambda: relay._call(Circuit(asked.peer_id, server.peer_id), with_lanes=True))
         assert "PERMISSION_DENIED" in str(error)
 
 

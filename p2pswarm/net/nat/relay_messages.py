@@ -6,6 +6,11 @@ the reservation, over the connection that is open already, and tells it who is c
 streams are one circuit: the relay passes bytes on, and the ends begin their own encrypted handshake over it. Each
 message is a protobuf of the specification's, after its length as a varint.
 
+Where relay and ends are ours, they speak protocols of our own, which begin in the same way. Then the relay *offers*
+each end a lane (`lanes.py`): a byte, 1, and the ticket to open it with. When both lanes are there, it says so with
+another byte, 1, and the circuit's bytes go over them; the streams are kept, since the circuit ends with them. A 0 in
+place of either byte has the streams carry the bytes after all.
+
 It knows nothing of limits or forwarding: see `relay.py`; the ends are in `circuits.py`. Vouchers are left out, as the
 specification allows. See `docs/protocol-transport.md`.
 """
@@ -18,11 +23,16 @@ from p2pswarm.core.errors import ProtocolViolation
 from p2pswarm.core.ids import PeerId, ProtocolId
 from p2pswarm.net.identity import is_peer_id
 from p2pswarm.net.libp2p_parts import ID, DecodeError, HopMessage, Multiaddr, StopMessage
+from p2pswarm.net.nat.lanes import TICKET_BYTES
 from p2pswarm.net.nat.protobuf_frames import frame, read_due_frame, read_frame
+from p2pswarm.net.negotiation import read_exactly
 from p2pswarm.net.network import Stream
 
 HOP_PROTOCOL = ProtocolId("/libp2p/circuit/relay/0.2.0/hop")
 STOP_PROTOCOL = ProtocolId("/libp2p/circuit/relay/0.2.0/stop")
+LANE_HOP_PROTOCOL = ProtocolId("/p2pswarm/circuit/1/hop")
+LANE_STOP_PROTOCOL = ProtocolId("/p2pswarm/circuit/1/stop")
+"""Like the two above, with an offer of lanes after an OK to connect."""
 MAX_ADDRESSES = 8
 
 AnyMessage = TypeVar("AnyMessage", HopMessage, StopMessage)
@@ -169,6 +179,29 @@ async def read_stop_answer(stream: Stream) -> RelayStatus:
     if stop.type != StopMessage.STATUS:
         raise ProtocolViolation(f"{stream.peer_id} sent a circuit where an answer was due", stream.peer_id)
     return _status(stop.status, stream)
+
+
+# Lanes: between a relay and either end of a circuit
+
+OVER_STREAM = b"\0"
+OVER_LANE = b"\1"
+
+
+def encode_lane_offer(ticket: bytes) -> bytes:
+    return OVER_LANE + ticket
+
+
+async def read_lane_offer(stream: Stream) -> bytes | None:
+    """The ticket to open a lane with; None where there is to be none. Raises like `read_lane_verdict`."""
+    return await read_exactly(stream, TICKET_BYTES) if await read_lane_verdict(stream) else None
+
+
+async def read_lane_verdict(stream: Stream) -> bool:
+    """Whether the circuit's bytes go over lanes. Raises `ProtocolViolation`, `ConnectionLost`."""
+    said = await read_exactly(stream, 1)
+    if said not in (OVER_STREAM, OVER_LANE):
+        raise ProtocolViolation(f"{stream.peer_id} sent {said!r} where 0 or 1 was due, for a lane", stream.peer_id)
+    return said == OVER_LANE
 
 
 # Fields

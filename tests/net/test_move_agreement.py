@@ -27,6 +27,8 @@ DIRECT_AT_LAST = replace(DIRECT, left_relay=RELAYED.relay)
 class MemoryPipe:
     """One end, as `net.pipe.Pipe`."""
 
+    is_socket = True
+
     def __init__(self, stream: trio.StapledStream, path: ConnectionPath) -> None:
         self.path = path
         self.is_closed = False

@@ -24,6 +24,8 @@ OTHER_KEY = SwarmKey(bytes(32), OWNER.peer_id)
 class MemoryPipe:
     """One end, as `net.pipe.Pipe`."""
 
+    is_socket = True
+
     def __init__(self, stream: trio.StapledStream, record: bytearray) -> None:
         self._stream = stream
         self._record = record

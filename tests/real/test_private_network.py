@@ -141,15 +141,15 @@ async def test_invitation_is_all_that_a_newcomer_needs() -> None:
         assert MODEL in await membership.directory.models()
 
 
-async def test_stranger_who_asks_for_protocols_is_told_of_the_handshake_only() -> None:
+async def test_stranger_who_asks_for_protocols_is_told_of_the_handshake_and_of_lanes_only() -> None:
     async with serving_member(SERVER, PrivateSwarm.of(KEY)) as (_, recording):
         stream = await trio.open_tcp_stream("127.0.0.1", recording.port)
         await stream.send_all(encode_message(GREETING) + encode_message("ls"))
         answer = b""
         with trio.fail_after(REFUSED_WITHIN_S):
-            while b"noise-psk" not in answer:
+            while b"lane" not in answer:
                 answer += await stream.receive_some()
-        assert answer == encode_message(GREETING) + encode_message("/p2pswarm/noise-psk/1\n")
+        assert answer == encode_message(GREETING) + encode_message("/p2pswarm/noise-psk/1\n/p2pswarm/lane/1\n")
         await stream.aclose()
 
 

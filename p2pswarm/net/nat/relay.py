@@ -53,8 +53,8 @@ REQUEST_TIMEOUT_S = 8.0
 """Until a peer that has opened a stream must have said what it wants."""
 CONNECT_TIMEOUT_S = 5.0
 """Until the target must have taken up a circuit: the source waits, and may have other ways to try."""
-LANES_TIMEOUT_S = 2.0
-"""Until both ends must have opened their lanes: three round trips. They wait, and can do without."""
+LANES_TIMEOUT_S = 1.0
+"""Until both ends must have opened their lanes: three round trips of 300 ms. They wait, and can do without."""
 RELAYED_PIECE_BYTES = 4 * MAX_FRAME_BYTES
 """Read at a time: full frames go on as they came, and a few together cost a sixth less than one by one. At 8 MiB/s, a
 circuit that sends much delays the others by 32 ms."""

@@ -5,6 +5,7 @@ stream has a task that reads ahead, and writes are shielded. It gives no sign of
 nodes of a swarm speak `mux_connection.py` among themselves and never come here.
 """
 
+import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable
@@ -205,7 +206,8 @@ class StockStream:
         if self._error is None:
             self._error = "it was reset here"
             self._buffer.clear()
-            self._nursery.start_soon(self._reset)
+            with contextlib.suppress(RuntimeError):  # where the connection has ended, there is nobody to tell
+                self._nursery.start_soon(self._reset)
             self._wake()
             self._on_end(self)
 

@@ -21,6 +21,7 @@ from p2pswarm.testing.tiny_checkpoints import save_tiny_checkpoint
 from simulations.abuse.attacks import ATTACKS
 from simulations.abuse.neighbour import seconds_to_get_in
 from simulations.abuse.processes import Victim, attacked, open_victim
+from swarmd.unused_memory import PERIOD_S
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -36,6 +37,8 @@ CLEAR_TIMEOUT_S = 30.0
 CACHE_TOKENS = 1024
 MAX_GROWTH_BYTES = 16 << 20
 """In a second round of all attacks; the first one has touched what Python's heap keeps."""
+PEACE_S = PERIOD_S + 1.0
+"""After a round: what is free in the heap goes back to the system."""
 
 
 class Session:
@@ -92,16 +95,18 @@ async def test_a_session_beside_all_attacks_stays_exact_and_nothing_is_left(tmp_
     memory_bytes = []
     async with open_victim(str(folder), ["--kv-cache", f"{CACHE_TOKENS} tokens"]) as victim:
         num_sockets = victim.num_sockets()
-        for _ in range(2):
+        for is_first in (True, False):
             for name in ATTACKS:
                 async with session_beside(victim, folder) as session:
                     await session.take(1)
                     async with attacked(name, victim):
                         await session.take(TOKENS_UNDER_ATTACK)
-                        assert await seconds_to_get_in(victim.address) < MAX_NEWCOMER_S, name
+                        if is_first:
+                            assert await seconds_to_get_in(victim.address) < MAX_NEWCOMER_S, name
                     await session.take(1)
                 assert session.token_ids == expected[: len(session.token_ids)], name
                 assert session.num_recoveries == 0, name
                 await until_clear(victim, num_sockets)
+            await trio.sleep(PEACE_S)
             memory_bytes.append(victim.memory_bytes())
     assert memory_bytes[1] - memory_bytes[0] < MAX_GROWTH_BYTES

@@ -19,8 +19,7 @@ from p2pswarm.core.nursery import open_transparent_nursery
 from p2pswarm.net.mux_stream import MuxStream
 from p2pswarm.net.nat.lanes import LanePipe
 from p2pswarm.net.nat.relay_messages import (
-    LANE_HOP_PROTOCOL,
-    LANE_STOP_PROTOCOL,
+    OFFERING_LANES,
     REASONS,
     ConnectRequest,
     RelayAnswer,
@@ -99,7 +98,7 @@ async def call(relay_stream: Stream, peer_id: PeerId, open_lane: OpenLane) -> Pi
 
 async def _way(circuit: Stream, open_lane: OpenLane) -> Pipe:
     """What the bytes of a circuit that is agreed on go over."""
-    if circuit.protocol in (LANE_HOP_PROTOCOL, LANE_STOP_PROTOCOL):
+    if circuit.protocol in OFFERING_LANES:
         ticket = await read_lane_offer(circuit)
         lane = None if ticket is None else await _lane(circuit, open_lane, ticket)
         if lane is not None:
@@ -136,7 +135,7 @@ async def _lane(circuit: Stream, open_lane: OpenLane, ticket: bytes) -> LanePipe
 class IncomingCircuits:
     """Takes up the circuits that relays bring; `accept` makes connections of them.
 
-    On streams of `LANE_STOP_PROTOCOL`, or `STOP_PROTOCOL`.
+    They come on streams of `LANE_STOP_PROTOCOL`, or of `STOP_PROTOCOL` from relays that do not speak that.
     """
 
     def __init__(self, accept: Callable[[Pipe], Awaitable[None]], open_lane: OpenLane) -> None:

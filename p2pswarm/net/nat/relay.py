@@ -32,6 +32,7 @@ from p2pswarm.net.nat.relay_messages import (
     HOP_PROTOCOL,
     LANE_HOP_PROTOCOL,
     LANE_STOP_PROTOCOL,
+    OFFERING_LANES,
     OVER_LANE,
     OVER_STREAM,
     STOP_PROTOCOL,
@@ -205,7 +206,7 @@ class Relay:
     @asynccontextmanager
     async def _lanes(self, near: Stream, far: Stream) -> AsyncIterator[tuple[Lane, Lane] | None]:
         """Both ends' lanes, where they open them in time; they are told whether that is so."""
-        asked = [stream for stream in (near, far) if stream.protocol in (LANE_HOP_PROTOCOL, LANE_STOP_PROTOCOL)]
+        asked = [stream for stream in (near, far) if stream.protocol in OFFERING_LANES]
         with ExitStack() as stack:
             expected = [stack.enter_context(self._network.expect_lane()) for _ in asked]
             if len(asked) == 2:

@@ -33,6 +33,7 @@ STOP_PROTOCOL = ProtocolId("/libp2p/circuit/relay/0.2.0/stop")
 LANE_HOP_PROTOCOL = ProtocolId("/p2pswarm/circuit/1/hop")
 LANE_STOP_PROTOCOL = ProtocolId("/p2pswarm/circuit/1/stop")
 """Like the two above, with an offer of lanes after an OK to connect."""
+OFFERING_LANES = (LANE_HOP_PROTOCOL, LANE_STOP_PROTOCOL)
 MAX_ADDRESSES = 8
 
 AnyMessage = TypeVar("AnyMessage", HopMessage, StopMessage)

@@ -40,8 +40,8 @@ class NetworkConfig:
     max_connections: int = 1024
     """At this limit the one that has been idle longest is closed for a newcomer."""
     max_connections_per_peer: int = 8
-    max_accepts_per_s: float = 60.0
-    """Connections taken from the system, of all together: a twentieth of a core if nothing comes of them."""
+    max_accepts_per_s: float = 80.0
+    """Connections taken from the system, of all together: a fifteenth of a core if nothing comes of them."""
     max_entrants: int = 256
     """Strangers in their handshakes, waiting for them, or silent. One more, and the address with the most loses one."""
     first_bytes_timeout_s: float = 3.0

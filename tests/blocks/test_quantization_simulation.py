@@ -26,7 +26,7 @@ def figures(decode_s: float, weights_mib: int = 100, resident_mib: int = 110, pe
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Quantization.INT8, Quantization.NF4])
+@pytest.mark.parametrize("kind", [pytest.param(Quantization.INT8, marks=pytest.mark.exhaustive), Quantization.NF4])
 def test_loading_never_takes_more_than_one_block_above_the_final_size(kind: Quantization, tmp_path: Path) -> None:
     folder = save_tiny_checkpoint(tmp_path, "llama", **SHAPE, head_dim=64)  # type: ignore[arg-type]
     found = measure_span(folder, kind, threads=1)

@@ -20,7 +20,7 @@ NET, RPC, DHT, STORE = NetworkConfig(), RpcLimits(), DhtConfig(), StoreLimits()
 @pytest.mark.parametrize(
     "statement",
     [
-        f"| connections taken from the system | {NET.max_accepts_per_s:g} a second, 120 at once |",
+        f"| connections taken from the system | {NET.max_accepts_per_s:g} a second, 160 at once |",
         f"| {NET.handshake_share:.0%} of".replace("%", " %"),
         f"{NET.handshake_burst_s:g} s of it saved up",
         f"| first bytes of a connection | within {NET.first_bytes_timeout_s:g} s |",
@@ -65,5 +65,5 @@ def test_shares_and_periods_are_the_codes() -> None:
     assert (memory.MAX_SHARE, memory.MAX_EQUAL_PARTS) == (1 / 2, 2)
     assert connection_table.LONGEST_BAR_S == 3600
     assert admission.FAILURE_PERIOD_S == connection_table.OFFENCES_PERIOD_S == 60
-    assert NET.max_accepts_per_s * listening.ACCEPTS_BURST_S == 120
+    assert NET.max_accepts_per_s * listening.ACCEPTS_BURST_S == 160
     assert NET.max_new_streams_per_s * connection_table.NEW_STREAMS_BURST_S == 1000

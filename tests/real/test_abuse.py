@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.real, pytest.mark.slow]
 
 PROMPT = [5, 17, 80, 33]
 NUM_TOKENS = 240
-TOKENS_UNDER_ATTACK = 5
+TOKENS_UNDER_ATTACK = 3
 PAUSE_S = 0.25
 """Between two tokens of the session, so that one session sees all of an attack."""
 TOKEN_TIMEOUT_S = 20.0

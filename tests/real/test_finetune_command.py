@@ -57,7 +57,9 @@ def plain_token_ids(tiny_servers: TinyServers) -> list[int]:
     return generate(tiny_servers)
 
 
-@pytest.mark.parametrize("method", [pytest.param("ptune", marks=pytest.mark.exhaustive), "deep_ptune", "lora"])
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=pytest.mark.exhaustive) for name in ("ptune", "deep_ptune")), "lora"]
+)
 def test_tuned_model_writes_what_it_was_tuned_on(
     tiny_servers: TinyServers, plain_token_ids: list[int], tmp_path: Path, method: str
 ) -> None:

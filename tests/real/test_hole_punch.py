@@ -85,8 +85,8 @@ def lab() -> Iterator[Lab]:
     [
         (at_home, at_home),
         (at_home, lambda lab, name: lab.public(name)),
-        (walled, at_home),
-        (walled, walled),
+        pytest.param(walled, at_home, marks=pytest.mark.exhaustive),
+        pytest.param(walled, walled, marks=pytest.mark.exhaustive),
         (behind_two_routers, at_home),
     ],
     ids=["two homes", "home, public caller", "firewall, home", "two firewalls", "two routers, home"],

@@ -34,7 +34,7 @@ CHECK_PERIOD_S = 10.0
 PROMPT = [5, 17, 99, 3]
 NUM_TOKENS = 150
 TOKENS_BEFORE_KILL = 20
-QUIET_S = 4 * CHECK_PERIOD_S
+QUIET_S = 2.5 * CHECK_PERIOD_S
 SOON_S = 1.0
 """A period for tests that wait for a move."""
 TIMEOUT_S = 120.0

@@ -92,7 +92,9 @@ async def exchange(network: Network, peer_id: PeerId, data: bytes = b"over and b
     assert await read_all(stream) == b""
 
 
-@pytest.mark.parametrize("lanes", [True, False], ids=["lanes", "streams"])
+@pytest.mark.parametrize(
+    "lanes", [True, pytest.param(False, marks=[pytest.mark.slow, pytest.mark.exhaustive])], ids=["lanes", "streams"]
+)
 @pytest.mark.parametrize(
     "check", [check for check in CONTRACT if check.__name__ not in DIRECT_ONLY], ids=lambda check: check.__name__
 )

@@ -35,8 +35,8 @@ from p2pswarm.net.libp2p_parts import (
 )
 from p2pswarm.net.move_agreement import MOVE_PROTOCOL, MoveAgreement
 from p2pswarm.net.mux_connection import MUX_PROTOCOL, MuxConnection
-from p2pswarm.net.nat.lanes import LANE_PROTOCOL, ExpectedLanes, LanePipe
-from p2pswarm.net.negotiation import propose
+from p2pswarm.net.nat.lanes import LANE_PROTOCOL, TICKET_BYTES, ExpectedLanes, LanePipe
+from p2pswarm.net.negotiation import propose, read_exactly
 from p2pswarm.net.network import Buffer
 from p2pswarm.net.noise_session import READ_BYTES, NoiseSession, NoiseTransport
 from p2pswarm.net.pipe import Pipe
@@ -48,6 +48,10 @@ from p2pswarm.net.unread import UnreadBytes
 
 logging.getLogger("libp2p").setLevel(logging.CRITICAL)
 """What goes wrong with a peer is told by our exceptions; libp2p logs it again, tracebacks included."""
+
+
+STRANGER = PeerId("a stranger")
+"""In what goes wrong with somebody who has not said who it is."""
 
 
 class Upgrader:
@@ -102,7 +106,8 @@ class Upgrader:
         async with _closed_on_failure(pipe, None):
             chosen: object = await self._accepting.upgrade_security(_raw(pipe, is_initiator=False), False)
             if isinstance(chosen, BareConnection):
-                await self.expected_lanes.take(pipe)
+                ticket = await read_exactly(_PipeStream(pipe, STRANGER), TICKET_BYTES)
+                self.expected_lanes.take(pipe, ticket)
                 return None
             secured = _authenticated(chosen)
             agreed: object = await self._accepting.upgrade_connection(secured, secured.get_remote_peer())

@@ -150,13 +150,11 @@ class MemoryNode:
         if relay is None or relay.peer_id != relay_id or not relay.is_running:
             raise ConnectionLost(f"{relay_id} does not answer", relay_id)
         ours, theirs = map(trio.SocketStream, trio.socket.socketpair())
-        pipe = LanePipe(ours, relay_id)
-        await pipe.send_all(ticket)
         try:
-            await relay._expected_lanes.take(TcpPipe(theirs, DIRECT))
+            relay._expected_lanes.take(TcpPipe(theirs, DIRECT), ticket)
         except ConnectionLost:
             theirs.socket.close()
-        return pipe
+        return LanePipe(ours, relay_id)
 
     async def disconnect(self, peer_id: PeerId) -> None:
         await trio.lowlevel.checkpoint()

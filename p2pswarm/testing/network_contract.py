@@ -575,6 +575,26 @@ async def the_path_to_a_peer_is_known_while_there_is_a_connection(nodes: Nodes) 
 
 
 @in_contract
+async def a_lane_comes_to_who_expects_it_and_to_nobody_else(nodes: Nodes) -> None:
+    async with nodes.open_node() as relay, nodes.open_node() as end:
+        await end.connect(relay.addresses[0])
+        with relay.expect_lane() as expected:
+            strange = await end.open_lane(relay.peer_id, bytes(len(expected.ticket)))
+            assert await strange.receive_some(1) == b""
+            ours = await end.open_lane(relay.peer_id, expected.ticket)
+            await expected.has_come.wait()
+            assert expected.lane is not None
+            assert ours.path == ConnectionPath(relay=relay.peer_id)
+            await ours.send_all(b"there")
+            assert await expected.lane.read(100) == b"there"
+            await expected.lane.write(b"and back")
+            assert await ours.receive_some(100) == b"and back"
+        assert await ours.receive_some(1) == b""
+        await strange.aclose()
+        await ours.aclose()
+
+
+@in_contract
 async def a_fresh_dial_tells_whether_the_peer_answers_there_and_leaves_no_connection(nodes: Nodes) -> None:
     async with nodes.open_node() as alice, nodes.open_node() as bob:
         address = bob.own_listen_addresses()[0]

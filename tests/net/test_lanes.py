@@ -18,8 +18,8 @@ async def test_a_lane_comes_to_who_expects_it_and_is_closed_in_the_end() -> None
     lanes = ExpectedLanes()
     ours, theirs = pair()
     with lanes.expect() as expected:
-        await ours.send_all(expected.ticket + b"and more")
-        await lanes.take(theirs)
+        await ours.send_all(b"and more")
+        lanes.take(theirs, expected.ticket)
         assert expected.has_come.is_set()
         assert expected.lane is not None
         assert await expected.lane.read(100) == b"and more"
@@ -36,20 +36,18 @@ async def test_a_ticket_is_good_for_one_lane_as_long_as_it_is_expected() -> None
         tickets = [expected.ticket, expected.ticket, bytes(TICKET_BYTES), expected.ticket[:-1]]
         for index, ticket in enumerate(tickets):
             ours, theirs = pair()
-            await ours.send_all(ticket)
             await ours.aclose()
             if index == 0:
-                await lanes.take(theirs)
+                lanes.take(theirs, ticket)
                 continue
             with pytest.raises(ConnectionLost, match="ticket"):
-                await lanes.take(theirs)
+                lanes.take(theirs, ticket)
             await theirs.aclose()
     with lanes.expect() as withdrawn:
         pass
     ours, theirs = pair()
-    await ours.send_all(withdrawn.ticket)
     with pytest.raises(ConnectionLost, match="ticket"):
-        await lanes.take(theirs)
+        lanes.take(theirs, withdrawn.ticket)
     await ours.aclose()
     await theirs.aclose()
 

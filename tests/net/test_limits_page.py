@@ -8,6 +8,7 @@ import pytest
 from p2pswarm.dht.config import DhtConfig, StoreLimits
 from p2pswarm.net import admission, connection_table, listening, mux_connection
 from p2pswarm.net.config import KIB, MIB, NetworkConfig
+from p2pswarm.net.nat.relay import LANES_TIMEOUT_S
 from p2pswarm.rpc.limits import RpcLimits
 from p2pswarm.wire.framed_stream import SLOWEST_BYTES_PER_S
 from p2pswarm.wire.frames import DEFAULT_LIMITS
@@ -23,6 +24,7 @@ NET, RPC, DHT, STORE = NetworkConfig(), RpcLimits(), DhtConfig(), StoreLimits()
         f"| connections taken from the system | {NET.max_accepts_per_s:g} a second, 160 at once |",
         f"| {NET.handshake_share:.0%} of".replace("%", " %"),
         f"{NET.handshake_burst_s:g} s of it saved up",
+        f"good once and for {LANES_TIMEOUT_S:g} s",
         f"| first bytes of a connection | within {NET.first_bytes_timeout_s:g} s |",
         f"| whole handshake, waiting included | within {NET.dial_timeout_s:g} s |",
         f"in a handshake | {NET.max_entrants};",

@@ -77,14 +77,8 @@ class ExpectedLanes:
             if expected.lane is not None:
                 expected.lane.reset()
 
-    async def take(self, pipe: Pipe) -> None:
-        """Somebody wants to open a lane over `pipe` and has to show a ticket. Raises `ConnectionLost`: it has none."""
-        ticket = b""
-        while len(ticket) < TICKET_BYTES:
-            more = await pipe.receive_some(TICKET_BYTES - len(ticket))
-            if not more:
-                raise ConnectionLost("the connection ended before it had shown a ticket for a lane")
-            ticket += more
+    def take(self, pipe: Pipe, ticket: bytes) -> None:
+        """Somebody wants `pipe` to be a lane and has shown a ticket. Raises `ConnectionLost`: it is good for none."""
         if not isinstance(pipe, TcpPipe) or ticket not in self._by_ticket:
             raise ConnectionLost("no lane is expected with the ticket that it shows")
         expected = self._by_ticket.pop(ticket)
